@@ -1,0 +1,1 @@
+"""Training, evaluation and prediction: everything between the data and the report."""

@@ -1,0 +1,1 @@
+"""Learning classes over time: protocols, the leak guard and the update rules."""

@@ -1,0 +1,1 @@
+"""Tables, pictures and the self-contained HTML report of a run."""

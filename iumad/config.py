@@ -7,7 +7,7 @@
     Config.from_dict(config.to_dict()) == config            # plain dict and JSON
 
 Sections: `data`, `backbone`, `model`, `loss`, `train`, `protocol`, `iuf`. A value of the wrong type or
-outside its range raises ValueError naming the field; an unknown key raises ValueError with the closest known one.
+outside its range raises ValueError naming the field; an unknown key raises it with the closest known one.
 
 `A1` .. `A25` in comments are the ambiguities of the IB-IUMAD paper (paper.md section 2.5); the default given
 there is the default here. Two of them have no field because one answer only is sound: A16 (the mask of Alg.1
@@ -151,6 +151,10 @@ class ModelConfig(Section):
             require(self.fusion_query != "modality", "model.fusion_query", self.fusion_query, both)
             require(not self.depth_distance, "model.depth_distance", self.depth_distance, both)
             require(self.modality_dropout == 0, "model.modality_dropout", self.modality_dropout, both)
+        if self.fusion_query == "modality":
+            require(
+                self.fusion_sum == "add", "model.fusion_sum", self.fusion_sum, "add, with modality queries"
+            )
         if self.modality_dropout > 0:
             sums = self.fusion_sum == "add" and self.fusion_query != "modality"
             expected = "0 unless fusion_sum is 'add' and fusion_query is not 'modality'"

@@ -11,15 +11,18 @@ from iumad.data.catalogue import GOOD, SPLITS, Catalogue, DataError, Sample
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 DEPTH_SUFFIXES = (".png", ".tif", ".tiff")
+# Folders of a class that hold no images: MVTec 3D-AD's camera parameters.
+_NOT_SPLITS = ("calibration",)
 FOLDER_LAYOUT = "CLASS/{train,validation,test}/KIND/{rgb,depth,xyz,gt}/"
 MANIFEST_COLUMNS = ("class", "split", "kind", "rgb", "depth", "mask")
 
 
 class Listing(NamedTuple):
-    """A catalogue and what is wrong with the tree it was read from."""
+    """A catalogue, what is wrong with the tree it was read from, and which folders of it were ignored."""
 
     catalogue: Catalogue
     problems: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
 
 
 def item_key(stem: str) -> str:
@@ -80,7 +83,10 @@ def read_folder(root: Path, name: str = "folder") -> Listing:
             kinds = subfolders(split_folder) if split_folder.is_dir() else []
             for folder in sorted(kinds, key=lambda kind: (kind.name != GOOD, kind.name)):
                 samples += _read_kind(folder, cls, split, problems)
-    return Listing(Catalogue(name, tuple(classes), tuple(samples)), tuple(problems))
+    ignored = [str(folder) for folder in subfolders(root) if folder.name not in classes]
+    for cls in classes:
+        ignored += [str(f) for f in subfolders(root / cls) if f.name not in (*SPLITS, *_NOT_SPLITS)]
+    return Listing(Catalogue(name, tuple(classes), tuple(samples)), tuple(problems), tuple(ignored))
 
 
 def _read_kind(folder: Path, cls: str, split: str, problems: list[str]) -> list[Sample]:
@@ -123,7 +129,7 @@ def read_mvtec3d(root: Path) -> Listing:
         {s.cls for s in listing.catalogue.samples if s.depth is None or s.depth.parent.name != "xyz"}
     )
     problems = [f"{root / cls}: no xyz folder beside rgb, which MVTec 3D-AD has" for cls in lacking]
-    return Listing(listing.catalogue, listing.problems + tuple(problems))
+    return listing._replace(problems=listing.problems + tuple(problems))
 
 
 def read_manifest(path: Path) -> Listing:

@@ -202,7 +202,7 @@ def test_touching_ids_and_diagonals_are_one_region():
     mask[6, 6] = 255
     scores = np.zeros((8, 8), dtype=np.float32)
     scores[2, 2] = scores[6, 6] = 1
-    # Two regions found by 1/3 and 1, at no false positive; then the ramp to (1, 1) of everything else tied at 0.
+    # Two regions found by 1/3 and 1 without false positive; then a ramp to (1, 1): all else is tied at 0.
     found = (1 / 3 + 1) / 2
     at_limit = found + (1 - found) * 0.3
     assert aupro(scores, mask, 0.3) == pytest.approx((found + at_limit) / 2, abs=1e-12)

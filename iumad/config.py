@@ -232,8 +232,6 @@ class IUFConfig(Section):
     # Before an iteration: weights = (1 - pull) * weights + pull * (weights at the start of the step).
     pull: Fraction = 0.05
     pull_every: PositiveInt = 1
-    # Rows (one per training image, the newest) kept of each layer's feature matrix per protocol step.
-    samples: PositiveInt = 768
 
 
 @dataclass(frozen=True, kw_only=True)

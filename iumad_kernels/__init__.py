@@ -1,1 +1,32 @@
-"""High-performance kernels for vision state-space models and information-bottleneck anomaly detection."""
+"""High-performance kernels for vision state-space models and information-bottleneck anomaly detection.
+
+Each function is one op with several backends (C++ on the CPU, CUDA C++, Triton, plain PyTorch); :func:`backend_for`
+tells which one
+would run and why, :func:`backend` forces one.
+"""
+
+import torch as _torch  # noqa: F401  (must be loaded before the compiled part, which resolves its symbols in it)
+
+try:
+    from iumad_kernels import _C
+except ImportError as error:
+    raise ImportError(
+        f"iumad_kernels' compiled part does not load into torch {_torch.__version__} ({error}). It is built for torch >= 2.10 by "
+        "`pip install .` (or scripts/dev_build in a checkout): run that again in this environment."
+    ) from error
+
+from iumad_kernels.backend import backend, backend_for
+from iumad_kernels.ops.selective_scan import selective_scan, selective_scan_2d, selective_state_update
+from iumad_kernels.version import __version__
+
+build_info = _C.build_info
+
+__all__ = [
+    "__version__",
+    "backend",
+    "backend_for",
+    "build_info",
+    "selective_scan",
+    "selective_scan_2d",
+    "selective_state_update",
+]

@@ -1,0 +1,76 @@
+// Moves a block of (rows x channels) between a strided tensor and a dense buffer [row][lane] of the compute type, channels in
+// lanes. Rows are tokens of a scan, pixels, or the states of a parameter matrix: whatever has its offsets listed.
+#pragma once
+
+#include "convert.h"
+
+namespace iumad::IUMAD_ISA {
+
+// +1 or -1 where the offsets run through consecutive addresses, else 0.
+inline int unit_step(const int64_t* offset, int64_t count) {
+  if (count < 2) return 0;
+  const int64_t step = offset[1] - offset[0];
+  if (step != 1 && step != -1) return 0;
+  for (int64_t i = 2; i < count; ++i)
+    if (offset[i] - offset[i - 1] != step) return 0;
+  return int(step);
+}
+
+// dst[i][lane] = data[offset[i] + lane * channel_stride]; lanes from `lanes` on become 0.
+template <class F>
+inline void load_block(F* dst, void* data, DType dtype, const int64_t* offset, int64_t count, int64_t channel_stride, int lanes) {
+  constexpr int V = kLanes<F>;
+  visit<F>(dtype, data, [&](auto* p) {
+    int64_t i = 0;
+    if (lanes == V && channel_stride == 1) {
+      for (; i < count; ++i) store<F>(dst + i * V, load_lanes(p + offset[i]));
+    } else if (const int step = lanes == V ? unit_step(offset, count) : 0; step != 0) {
+      for (; i + V <= count; i += V) {  // channels are rows in memory: read them whole and transpose
+        const auto* first = p + (step > 0 ? offset[i] : offset[i + V - 1]);
+        Vec<F> row[V];
+        for (int lane = 0; lane < V; ++lane) row[lane] = load_lanes(first + lane * channel_stride);
+        transpose<F>(row);
+        for (int j = 0; j < V; ++j) store<F>(dst + (i + j) * V, row[step > 0 ? j : V - 1 - j]);
+      }
+    }
+    for (; i < count; ++i) {
+      for (int lane = 0; lane < lanes; ++lane) dst[i * V + lane] = to_compute(p[offset[i] + lane * channel_stride]);
+      for (int lane = lanes; lane < V; ++lane) dst[i * V + lane] = F(0);
+    }
+  });
+}
+
+// data[offset[i] + lane * channel_stride] = src[i][lane] (or += where `accumulate`).
+template <class F>
+inline void store_block(const F* src, void* data, DType dtype, const int64_t* offset, int64_t count, int64_t channel_stride,
+                        int lanes, bool accumulate = false) {
+  constexpr int V = kLanes<F>;
+  visit<F>(dtype, data, [&](auto* p) {
+    using T = std::remove_reference_t<decltype(*p)>;
+    int64_t i = 0;
+    if (lanes == V && channel_stride == 1) {
+      for (; i < count; ++i) {
+        Vec<F> v = load(src + i * V);
+        if (accumulate) v += load_lanes(p + offset[i]);
+        store_lanes(p + offset[i], v);
+      }
+    } else if (const int step = lanes == V && !accumulate ? unit_step(offset, count) : 0; step != 0) {
+      for (; i + V <= count; i += V) {
+        auto* first = p + (step > 0 ? offset[i] : offset[i + V - 1]);
+        Vec<F> row[V];
+        for (int j = 0; j < V; ++j) row[step > 0 ? j : V - 1 - j] = load(src + (i + j) * V);
+        transpose<F>(row);
+        for (int lane = 0; lane < V; ++lane) store_lanes(first + lane * channel_stride, row[lane]);
+      }
+    }
+    for (; i < count; ++i) {
+      for (int lane = 0; lane < lanes; ++lane) {
+        T* q = p + offset[i] + lane * channel_stride;
+        const F old = accumulate ? F(to_compute(*q)) : F(0);
+        *q = from_compute<T>(accumulate ? old + src[i * V + lane] : src[i * V + lane]);
+      }
+    }
+  });
+}
+
+}  // namespace iumad::IUMAD_ISA

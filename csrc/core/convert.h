@@ -1,0 +1,103 @@
+// Element types to compute lanes and back. Compute type F is float or double; storage adds bfloat16 and float16.
+#pragma once
+
+#include "dtype.h"
+#include "vec.h"
+
+namespace iumad::IUMAD_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+using Float16 = _Float16;
+
+inline float to_compute(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+inline float to_compute(Float16 x) { return float(x); }
+inline float to_compute(float x) { return x; }
+inline double to_compute(double x) { return x; }
+
+template <class T, class F>
+inline T from_compute(F x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const float f = float(x);
+    uint32_t bits;
+    std::memcpy(&bits, &f, sizeof bits);
+    if (f != f) return {uint16_t((bits >> 16) | 0x40)};             // keep a NaN a NaN
+    return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};  // round to nearest even
+  } else {
+    return T(x);
+  }
+}
+
+namespace detail {
+typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
+}
+
+inline Vec<float> load_lanes(const float* p) { return load(p); }
+inline Vec<double> load_lanes(const double* p) { return load(p); }
+inline Vec<float> load_lanes(const BFloat16* p) {
+  detail::HalfWords h;
+  std::memcpy(&h, p, sizeof h);
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+#else
+  return (Vec<float>)(__builtin_convertvector(h, Vec<uint32_t>) << 16);
+#endif
+}
+inline Vec<float> load_lanes(const Float16* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = float(p[i]);
+  return v;
+#endif
+}
+
+inline void store_lanes(float* p, Vec<float> v) { store(p, v); }
+inline void store_lanes(double* p, Vec<double> v) { store(p, v); }
+inline void store_lanes(BFloat16* p, Vec<float> v) {
+  using U = Vec<uint32_t>;
+  const U bits = (U)v;
+  const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const U nan = (bits >> 16) | 0x40;
+  const detail::HalfWords h = __builtin_convertvector(v != v ? nan : rounded, detail::HalfWords);
+  std::memcpy(p, &h, sizeof h);
+}
+inline void store_lanes(Float16* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = Float16(v[i]);
+#endif
+}
+
+// Calls f with a typed pointer to the elements; float64 tensors are computed in double, the rest in float.
+template <class F, class Visitor>
+inline void visit(DType dtype, void* data, Visitor&& f) {
+  if constexpr (sizeof(F) == 8) {
+    f(static_cast<double*>(data));
+  } else {
+    switch (dtype) {
+      case DType::kFloat32:
+        return f(static_cast<float*>(data));
+      case DType::kBFloat16:
+        return f(static_cast<BFloat16*>(data));
+      case DType::kFloat16:
+        return f(static_cast<Float16*>(data));
+      case DType::kFloat64:
+        return;  // excluded by the caller: one double tensor makes all of them double
+    }
+  }
+}
+
+}  // namespace iumad::IUMAD_ISA

@@ -1,0 +1,304 @@
+#include "selective_scan_tile.h"
+
+namespace iumad::IUMAD_ISA {
+namespace {
+
+// States walked backward together: their states, decays and partial sums of one tile must stay in the first-level cache.
+constexpr int kRun = kVectorBytes == 64 ? 8 : 4;
+constexpr int64_t kMostBlocks = 8;  // channel blocks whose dB and dC are added up before lanes are summed
+constexpr int64_t kTasksWanted = 32;
+
+template <class F>
+int64_t blocks_per_part(const SelectiveScan& s) {
+  const int64_t blocks = s.batch * s.groups * blocks_per_group<F>(s) / kTasksWanted;
+  return blocks < 1 ? 1 : blocks > kMostBlocks ? kMostBlocks : blocks;
+}
+
+template <class F>
+int64_t parts(const SelectiveScan& s) {
+  const int64_t per_part = blocks_per_part<F>(s);
+  return (blocks_per_group<F>(s) + per_part - 1) / per_part;
+}
+
+template <class F>
+struct BackwardScratch {
+  static constexpr int V = kLanes<F>;
+  Scratch memory;
+  F *u, *dt, *slope, *dtu, *dout, *z, *y, *dy, *sA, *sB;  // [token][lane]
+  F *A, *B, *C, *g, *dA, *dBc, *dCc;                      // [block][state][lane]; A times log2(e)
+  F *dD, *dbias;                                          // [block][lane]
+  F *h, *decay;                                           // [token (+ 1)][state of the run][lane]
+  F *dB, *dC;                                             // [token][state][lane]
+  int64_t* state_offset;
+
+  BackwardScratch(int64_t states, int64_t blocks)
+      : memory(10 * Scratch::bytes<F>(kTile * V) + 7 * Scratch::bytes<F>(blocks * states * V) +
+               2 * Scratch::bytes<F>(blocks * V) + 2 * Scratch::bytes<F>((kTile + 1) * kRun * V) +
+               2 * Scratch::bytes<F>(kTile * states * V) + Scratch::bytes<int64_t>(states)) {
+    for (F** p : {&u, &dt, &slope, &dtu, &dout, &z, &y, &dy, &sA, &sB}) *p = memory.take<F>(kTile * V);
+    for (F** p : {&A, &B, &C, &g, &dA, &dBc, &dCc}) *p = memory.take<F>(blocks * states * V);
+    for (F** p : {&dD, &dbias}) *p = memory.take<F>(blocks * V);
+    for (F** p : {&h, &decay}) *p = memory.take<F>((kTile + 1) * kRun * V);
+    for (F** p : {&dB, &dC}) *p = memory.take<F>(kTile * states * V);
+    state_offset = memory.take<int64_t>(states);
+    for (int64_t n = 0; n < states; ++n) state_offset[n] = n;
+  }
+};
+
+template <class F>
+void clear(F* p, int64_t n) {
+  std::memset(p, 0, n * sizeof(F));
+}
+
+template <class F>
+void add_to(F* p, Vec<F> v) {
+  store<F>(p, load(p) + v);
+}
+
+// Recomputes the states of a run through a tile from the saved state (m.h[0]); adds to y where the gate needs it.
+template <int kStates, bool kNeedY, class F, class BAt, class CAt>
+inline void recompute(BackwardScratch<F>& m, const F* A, int count, const BAt& B, const CAt& C, int64_t first) {
+  constexpr int V = kLanes<F>;
+  Vec<F> state[kStates];
+  for (int n = 0; n < kStates; ++n) state[n] = load(m.h + n * V);
+  for (int t = 0; t < count; ++t) {
+    const Vec<F> step = load(m.dt + t * V), input = load(m.dtu + t * V);
+    Vec<F> y = kNeedY ? load(m.y + t * V) : Vec<F>{};
+    for (int n = 0; n < kStates; ++n) {
+      const Vec<F> decay = exp2_product<F>(step, load(A + (first + n) * V));
+      state[n] = fma(decay, state[n], input * B(t, first + n));
+      store<F>(m.decay + (t * kStates + n) * V, decay);
+      store<F>(m.h + ((t + 1) * kStates + n) * V, state[n]);
+      if constexpr (kNeedY) y = fma(state[n], C(t, first + n), y);
+    }
+    if constexpr (kNeedY) store<F>(m.y + t * V, y);
+  }
+}
+
+// The adjoint of `recompute`: walks the tile backward with the state gradients g in registers.
+template <int kStates, bool kConstantB, bool kConstantC, class F, class BAt, class CAt>
+inline void adjoint(BackwardScratch<F>& m, const F* A, F* g, F* dA, F* dBc, F* dCc, int64_t states, int count, const BAt& B,
+                    const CAt& C, int64_t first) {
+  constexpr int V = kLanes<F>;
+  Vec<F> gradient[kStates], sum_dA[kStates];
+  for (int n = 0; n < kStates; ++n) {
+    gradient[n] = load(g + (first + n) * V);
+    sum_dA[n] = load(dA + (first + n) * V);
+  }
+  for (int t = count - 1; t >= 0; --t) {
+    const Vec<F> step = load(m.dt + t * V), input = load(m.dtu + t * V), dy = load(m.dy + t * V);
+    Vec<F> sA = load(m.sA + t * V), sB = load(m.sB + t * V);
+    for (int n = 0; n < kStates; ++n) {
+      const Vec<F> before = load(m.h + (t * kStates + n) * V), after = load(m.h + ((t + 1) * kStates + n) * V);
+      F* dC = kConstantC ? dCc + (first + n) * V : m.dC + (t * states + first + n) * V;
+      F* dB = kConstantB ? dBc + (first + n) * V : m.dB + (t * states + first + n) * V;
+      const Vec<F> gn = fma(dy, C(t, first + n), gradient[n]);
+      store<F>(dC, fma(dy, after, load(dC)));
+      store<F>(dB, fma(gn, input, load(dB)));
+      sB = fma(gn, B(t, first + n), sB);
+      gradient[n] = gn * load(m.decay + (t * kStates + n) * V);
+      const Vec<F> q = gradient[n] * before;
+      sum_dA[n] = fma(q, step, sum_dA[n]);
+      sA = fma(q, load(A + (first + n) * V), sA);
+    }
+    store<F>(m.sA + t * V, sA);
+    store<F>(m.sB + t * V, sB);
+  }
+  for (int n = 0; n < kStates; ++n) {
+    store<F>(g + (first + n) * V, gradient[n]);
+    store<F>(dA + (first + n) * V, sum_dA[n]);
+  }
+}
+
+// Reads a tile of one channel block and turns the gradient of the gated output into dy.
+template <class F>
+void load_tile(BackwardScratch<F>& m, const SelectiveScan& s, const SelectiveScanGradients& d, const TokenTile& tile, int64_t k,
+               const ChannelBlock& b, Vec<F> skip) {
+  constexpr int V = kLanes<F>;
+  load_tokens<F>(m.u, s.u, tile, k, b);
+  load_delta<F>(m.dt, s, tile, k, b);
+  finish_delta<F>(m.dt, m.slope, s, tile.count, k, b);
+  load_tokens<F>(m.dout, d.out, tile, k, b);
+  if (s.z.data) load_tokens<F>(m.z, s.z, tile, k, b);
+  for (int t = 0; t < tile.count; ++t) {
+    const Vec<F> u = load(m.u + t * V);
+    store<F>(m.dtu + t * V, load(m.dt + t * V) * u);
+    store<F>(m.y + t * V, skip * u);
+    Vec<F> dy = load(m.dout + t * V);
+    if (s.z.data) {
+      const Vec<F> z = load(m.z + t * V);
+      dy = dy * z * sigmoid<F>(z);
+    }
+    store<F>(m.dy + t * V, dy);
+  }
+  clear(m.sA, tile.count * V);
+  clear(m.sB, tile.count * V);
+}
+
+// The tile's results once every state has added to sA and sB.
+template <class F>
+void store_tile(BackwardScratch<F>& m, const SelectiveScan& s, const SelectiveScanGradients& d, const TokenTile& tile, int64_t k,
+                const ChannelBlock& b, Vec<F> skip, F* dD, F* dbias) {
+  constexpr int V = kLanes<F>;
+  Vec<F> sum_dD = load(dD), sum_dbias = load(dbias);
+  for (int t = 0; t < tile.count; ++t) {
+    const Vec<F> u = load(m.u + t * V), dy = load(m.dy + t * V), sB = load(m.sB + t * V);
+    const Vec<F> ddt = fma(u, sB, load(m.sA + t * V) * broadcast(kLn2<F>));
+    const Vec<F> ddelta = ddt * load(m.slope + t * V);
+    sum_dD = fma(dy, u, sum_dD);
+    sum_dbias += ddelta;
+    store<F>(m.sA + t * V, ddelta);
+    store<F>(m.sB + t * V, fma(load(m.dt + t * V), sB, skip * dy));
+    if (s.z.data) {
+      const Vec<F> z = load(m.z + t * V), gate = sigmoid<F>(z), one = broadcast(F(1));
+      store<F>(m.z + t * V, load(m.dout + t * V) * load(m.y + t * V) * gate * fma(z, one - gate, one));
+    }
+  }
+  store<F>(dD, sum_dD);
+  store<F>(dbias, sum_dbias);
+  const bool again = k > 0 && s.order.overlaps();  // an earlier direction has written these pixels
+  store_tokens<F>(m.sB, d.u, tile, k, b, again);
+  store_tokens<F>(m.sA, d.delta, tile, k, b, again && d.delta.direction == 0);
+  if (s.z.data) store_tokens<F>(m.z, d.z, tile, k, b, again);
+}
+
+// Sums the lanes of a tile's [token][state][lane] block into the rows of the partial gradient.
+template <class F>
+void store_projection(const F* sums, void* partial, int64_t directions, const SelectiveScan& s, const TokenTile& tile,
+                      int64_t part, int64_t k, const ChannelBlock& b) {
+  const int64_t pixels = s.order.rows * s.order.columns;
+  const bool again = directions == 1 && k > 0 && s.order.overlaps();
+  F* base = static_cast<F*>(partial) +
+            (((part * s.batch + b.batch) * directions + (directions == 1 ? 0 : k)) * s.groups + b.group) * pixels * s.states;
+  for (int t = 0; t < tile.count; ++t) {
+    F* row = base + (tile.row[t] * s.order.columns + tile.column[t]) * s.states;
+    for (int64_t n = 0; n < s.states; ++n) {
+      const F sum = sum_lanes<F>(load(sums + (t * s.states + n) * kLanes<F>));
+      row[n] = again ? row[n] + sum : sum;
+    }
+  }
+}
+
+// Writes [state][lane] to a (batch, directions, dim, states) partial sum.
+template <class F>
+void store_parameter(const F* src, void* partial, const SelectiveScan& s, int64_t k, const ChannelBlock& b,
+                     const int64_t* state_offset) {
+  F* p = static_cast<F*>(partial) + ((b.batch * s.order.directions() + k) * s.dim + b.channel) * s.states;
+  store_block<F>(src, p, sizeof(F) == 8 ? DType::kFloat64 : DType::kFloat32, state_offset, s.states, s.states, b.lanes);
+}
+
+template <class F>
+void store_channels(const F* src, void* partial, const SelectiveScan& s, int64_t k, const ChannelBlock& b) {
+  if (partial == nullptr) return;
+  F* p = static_cast<F*>(partial) + (b.batch * s.order.directions() + k) * s.dim + b.channel;
+  std::memcpy(p, src, b.lanes * sizeof(F));
+}
+
+// One direction for the channel blocks [first_block, first_block + blocks) of a group, tiles from the last to the first.
+template <class F, bool kConstantB, bool kConstantC>
+void backward_direction(const SelectiveScan& s, const SelectiveScanGradients& d, int64_t k, int64_t part, int64_t first_block,
+                        int64_t blocks, int64_t batch, int64_t group, BackwardScratch<F>& m) {
+  constexpr int V = kLanes<F>;
+  const ScanDirection direction = s.order.direction(k);
+  const int64_t block_size = s.states * V;
+  clear(m.dA, blocks * block_size);
+  clear(m.dBc, blocks * block_size);
+  clear(m.dCc, blocks * block_size);
+  clear(m.g, blocks * block_size);
+  clear(m.dD, blocks * V);
+  clear(m.dbias, blocks * V);
+  for (int64_t i = 0; i < blocks; ++i) {
+    const ChannelBlock b = channel_block<F>(s, batch, group, first_block + i);
+    load_parameter<F>(m.A + i * block_size, s.A, s, k, b, m.state_offset);
+    for (int64_t n = 0; n < s.states; ++n) {
+      F* a = m.A + i * block_size + n * V;
+      store<F>(a, load(a) * broadcast(kLog2E<F>));
+    }
+    if (kConstantB) load_parameter<F>(m.B + i * block_size, s.B.data, s, k, b, m.state_offset);
+    if (kConstantC) load_parameter<F>(m.C + i * block_size, s.C.data, s, k, b, m.state_offset);
+    if (const StateView& v = d.last_state; v.data) {
+      void* data = at(v.data, v.dtype, batch * v.batch + k * v.direction + b.channel * v.channel);
+      for (int64_t n = 0; n < s.states; ++n) {
+        const int64_t offset = n * v.state;
+        load_block<F>(m.g + i * block_size + n * V, data, v.dtype, &offset, 1, v.channel, b.lanes);
+      }
+    }
+  }
+
+  const int64_t tiles = (direction.length + kTile - 1) / kTile;
+  for (int64_t index = tiles - 1; index >= 0; --index) {
+    const TokenTile tile(direction, index * kTile);
+    clear(m.dB, tile.count * block_size);
+    clear(m.dC, tile.count * block_size);
+    for (int64_t i = 0; i < blocks; ++i) {
+      const ChannelBlock b = channel_block<F>(s, batch, group, first_block + i);
+      const Vec<F> skip = load_channels<F>(s.D, s, k, b);
+      load_tile<F>(m, s, d, tile, k, b, skip);
+      const F* A = m.A + i * block_size;
+      const auto B = coefficients<F, kConstantB>(s.B, m.B + i * block_size, tile, k, b);
+      const auto C = coefficients<F, kConstantC>(s.C, m.C + i * block_size, tile, k, b);
+      const F* saved = static_cast<const F*>(s.tile_states) +
+                       (((batch * s.order.directions() + k) * s.tiles() + index) * s.states) * s.dim + b.channel;
+      for_state_runs<kRun>(s.states, [&](auto run, int64_t n) {
+        constexpr int kStates = decltype(run)::value;
+        for (int j = 0; j < kStates; ++j) {
+          if (b.lanes < V) clear(m.h + j * V, V);
+          std::memcpy(m.h + j * V, saved + (n + j) * s.dim, (b.lanes < V ? b.lanes : V) * sizeof(F));
+        }
+        if (s.z.data) {
+          recompute<kStates, true, F>(m, A, tile.count, B, C, n);
+        } else {
+          recompute<kStates, false, F>(m, A, tile.count, B, C, n);
+        }
+        adjoint<kStates, kConstantB, kConstantC, F>(m, A, m.g + i * block_size, m.dA + i * block_size, m.dBc + i * block_size,
+                                                    m.dCc + i * block_size, s.states, tile.count, B, C, n);
+      });
+      store_tile<F>(m, s, d, tile, k, b, skip, m.dD + i * V, m.dbias + i * V);
+    }
+    const ChannelBlock any = channel_block<F>(s, batch, group, first_block);
+    if (!kConstantB) store_projection<F>(m.dB, d.B, d.B_directions, s, tile, part, k, any);
+    if (!kConstantC) store_projection<F>(m.dC, d.C, d.C_directions, s, tile, part, k, any);
+  }
+
+  for (int64_t i = 0; i < blocks; ++i) {
+    const ChannelBlock b = channel_block<F>(s, batch, group, first_block + i);
+    store_parameter<F>(m.dA + i * block_size, d.A, s, k, b, m.state_offset);
+    if (kConstantB) store_parameter<F>(m.dBc + i * block_size, d.B, s, k, b, m.state_offset);
+    if (kConstantC) store_parameter<F>(m.dCc + i * block_size, d.C, s, k, b, m.state_offset);
+    store_channels<F>(m.dD + i * V, d.D, s, k, b);
+    store_channels<F>(m.dbias + i * V, d.delta_bias, s, k, b);
+    if (const StateView& v = d.initial_state; v.data) {
+      void* data = at(v.data, v.dtype, batch * v.batch + k * v.direction + b.channel * v.channel);
+      for (int64_t n = 0; n < s.states; ++n) {
+        const int64_t offset = n * v.state;
+        store_block<F>(m.g + i * block_size + n * V, data, v.dtype, &offset, 1, v.channel, b.lanes);
+      }
+    }
+  }
+}
+
+template <class F>
+void backward(const SelectiveScan& s, const SelectiveScanGradients& d, int64_t begin, int64_t end) {
+  const int64_t per_part = blocks_per_part<F>(s), count = parts<F>(s), group_blocks = blocks_per_group<F>(s);
+  BackwardScratch<F> m(s.states, per_part);
+  const auto run = s.B.constant ? (s.C.constant ? backward_direction<F, true, true> : backward_direction<F, true, false>)
+                                : (s.C.constant ? backward_direction<F, false, true> : backward_direction<F, false, false>);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t part = task % count, group = task / count % s.groups, batch = task / count / s.groups;
+    const int64_t first = part * per_part, left = group_blocks - first;
+    for (int64_t k = 0; k < s.order.directions(); ++k)
+      run(s, d, k, part, first, left < per_part ? left : per_part, batch, group, m);
+  }
+}
+
+}  // namespace
+
+int64_t selective_scan_backward_parts(const SelectiveScan& s) { return s.is_double ? parts<double>(s) : parts<float>(s); }
+
+int64_t selective_scan_backward_tasks(const SelectiveScan& s) { return s.batch * s.groups * selective_scan_backward_parts(s); }
+
+void selective_scan_backward(const SelectiveScan& s, const SelectiveScanGradients& d, int64_t begin, int64_t end) {
+  s.is_double ? backward<double>(s, d, begin, end) : backward<float>(s, d, begin, end);
+}
+
+}  // namespace iumad::IUMAD_ISA

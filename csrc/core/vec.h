@@ -1,0 +1,116 @@
+// Vectors of floating-point lanes, as wide as the instruction set this file is compiled for.
+//
+// Written with the compiler's vector extension (g++ and clang++), so that one text serves AVX-512, AVX2, SSE2 and NEON;
+// intrinsics appear only where the compiler's own code is poor. Everything lives in a namespace named after the instruction set:
+// the same inline function compiled with different flags must not be merged by the linker.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef IUMAD_ISA
+#error "IUMAD_ISA (the namespace of this instruction set) must be defined by the build"
+#endif
+
+namespace iumad::IUMAD_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <class F>
+using IntOf = std::conditional_t<sizeof(F) == 8, int64_t, int32_t>;
+
+template <class F>
+inline Vec<F> broadcast(F s) {
+  return s - Vec<F>{};  // x - 0 is x for every x, -0 and NaN included: the compiler emits a plain broadcast
+}
+
+template <class F>
+inline Vec<F> load(const F* p) {
+  Vec<F> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class F>
+inline void store(F* p, Vec<F> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// a * b + c; one rounding where the instruction set has FMA (these files are compiled with -ffp-contract=fast).
+template <class V>
+inline V fma(V a, V b, V c) {
+  return a * b + c;
+}
+
+template <class F>
+inline F sum_lanes(Vec<F> v) {
+  constexpr int n = kLanes<F>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 4) return _mm512_reduce_add_ps((__m512)v);
+#endif
+  F s[n];
+  store<F>(s, v);
+  for (int width = n / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) s[i] += s[i + width];
+  return s[0];
+}
+
+namespace detail {
+
+// One butterfly stage of the transposition: which lanes of the concatenation (x, y) a row takes.
+template <class F, int kStep, bool kUpper, int... kLane>
+inline Vec<F> butterfly(Vec<F> x, Vec<F> y, std::integer_sequence<int, kLane...>) {
+  constexpr int n = kLanes<F>;
+  if constexpr (kUpper) {
+    constexpr Vec<IntOf<F>> pick = {((kLane & kStep) == 0 ? kLane + kStep : n + kLane)...};
+    return __builtin_shuffle(x, y, pick);
+  } else {
+    constexpr Vec<IntOf<F>> pick = {((kLane & kStep) == 0 ? kLane : n + kLane - kStep)...};
+    return __builtin_shuffle(x, y, pick);
+  }
+}
+
+template <class F, int kStep>
+inline void transpose_stage(Vec<F> (&row)[kLanes<F>]) {
+  constexpr int n = kLanes<F>;
+  using Lane = std::make_integer_sequence<int, n>;
+  for (int i = 0; i < n; ++i) {
+    if (i & kStep) continue;
+    const Vec<F> x = row[i], y = row[i + kStep];
+    row[i] = butterfly<F, kStep, false>(x, y, Lane{});
+    row[i + kStep] = butterfly<F, kStep, true>(x, y, Lane{});
+  }
+  if constexpr (2 * kStep < n) transpose_stage<F, 2 * kStep>(row);
+}
+
+}  // namespace detail
+
+// In-place transposition of a square block of lanes x lanes values.
+template <class F>
+inline void transpose(Vec<F> (&row)[kLanes<F>]) {
+  if constexpr (kLanes<F> > 1) detail::transpose_stage<F, 1>(row);
+}
+
+}  // namespace iumad::IUMAD_ISA

@@ -1,0 +1,5 @@
+"""The definition of every op in plain PyTorch: slow, obvious, any device and floating dtype. All kernels are compared with it."""
+
+from iumad_kernels.reference.selective_scan import selective_scan, selective_scan_2d, selective_state_update
+
+__all__ = ["selective_scan", "selective_scan_2d", "selective_state_update"]

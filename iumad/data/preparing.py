@@ -20,6 +20,8 @@ _MIN_COVERAGE = 0.5
 # Percentiles that bound the bulk of an image's depth, and the room left beyond them for defects to show.
 _BULK = (1.0, 99.0)
 _HEADROOM = 0.1
+# A range this small beside the values is float32 rounding.
+_FLAT = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +105,8 @@ def _fill_from_nearest(values_CHW: NDArray[np.float64], measured: NDArray[np.boo
 
 def _scale_by_bulk(values: NDArray[np.float64], measured: NDArray[np.bool_]) -> NDArray[np.float64]:
     low, high = np.percentile(values[measured], _BULK)
+    if high - low <= _FLAT * max(abs(low), abs(high)):  # no shape, only rounding
+        return np.full_like(values, 0.5)
     margin = _HEADROOM * (high - low)
     low, high = low - margin, high + margin
-    if high <= low:  # a flat image carries no shape
-        return np.full_like(values, 0.5)
     return np.clip((values - low) / (high - low), 0, 1)

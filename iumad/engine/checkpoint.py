@@ -73,7 +73,7 @@ def load_weights(path: str | Path, module: torch.nn.Module, weights: dict[str, T
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Replace tensors by references, dicts by lists of pairs (JSON keys are strings, optimisers use numbers)."""
+    """Tensors become references, dicts lists of pairs (JSON keys are strings, optimisers use numbers)."""
     if isinstance(value, Tensor):
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}

@@ -150,7 +150,7 @@ class FeatureCache(LiveFeatures):
 
     @staticmethod
     def _write(path: Path, data: bytes, offset: int) -> None:
-        """Write through the file, not the map: a full disk is then an error, not a signal that kills the process."""
+        """Write through the file, not the map: a full disk is then an error, not a deadly signal."""
         with open(path, "r+b" if path.exists() else "w+b") as file:
             file.truncate(offset)
             file.seek(offset)

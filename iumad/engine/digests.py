@@ -23,6 +23,7 @@ class DigestMemo:
                 self._known[key] = digest
 
     def __call__(self, sample: Sample) -> str:
+        """The content hash of ``sample``."""
         if sample not in self._samples:
             self._samples[sample] = self._look_up(sample)
         return self._samples[sample]

@@ -83,9 +83,5 @@ def check_modalities(catalogue: Catalogue, config: Config) -> None:
     for name, present in (("rgb", catalogue.has_rgb), ("depth", catalogue.has_depth)):
         if name in config.model.modalities and not present:
             other = "depth" if name == "rgb" else "rgb"
-            raise ValueError(
-                f"data set {catalogue.name} has no {name} for some images; model.modality = {other!r} would do
-                without"
-            )
-
-
+            missing = f"data set {catalogue.name} has no {name} for some images"
+            raise ValueError(f"{missing}; model.modality = {other!r} would do without")

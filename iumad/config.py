@@ -6,8 +6,8 @@
     config = apply_overrides(config, ["train.epochs=20", "model.dim=128"])
     Config.from_dict(config.to_dict()) == config            # plain dict and JSON
 
-Sections: `data`, `backbone`, `model`, `loss`, `train`, `protocol`, `iuf`. A value of the wrong type or
-outside its range raises ValueError naming the field; an unknown key raises it with the closest known one.
+Sections: `data`, `backbone`, `model`, `loss`, `train`, `protocol`, `iuf`, `threshold`. A value of the wrong
+type or X
 
 `A1` .. `A25` in comments are the ambiguities of the IB-IUMAD paper (paper.md section 2.5); the default given
 there is the default here. Two of them have no field because one answer only is sound: A16 (the mask of Alg.1
@@ -22,9 +22,9 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from iumad.section import Count, Fraction, NonNegative, PositiveInt, Section, require, suggestion
+from iumad.section import Count, Fraction, NonNegative, PositiveInt, Range, Section, require, suggestion
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -198,13 +198,32 @@ class TrainConfig(Section):
     warmup: Fraction = 0.0  # share of a protocol step over which the rate rises linearly
     seed: Count = 133
     autocast: bool = False  # bfloat16 forward passes
+    # A batch is computed in so many equal parts, each with random numbers of its own, so that the result does
+    # not depend on how many processes share them. 0: one part per process.
+    shards: Count = 0
+    # Seconds between two saves of the training state; 0 = after every iteration. No influence on the result.
+    checkpoint_seconds: NonNegative = 60.0
+    # Compute backbone features once per image and keep them on disk.
+    feature_cache: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdConfig(Section):
+    """Decision thresholds, from normal images that are never trained on."""
+
+    # Share of new normal images that may be called anomalous.
+    false_positive_rate: Annotated[float, Range(1e-6, 0.5)] = 0.05
+    # Share of a class's training images held out for this where no validation split is left for it;
+    # 0 = train on all, have no thresholds.
+    holdout: Annotated[float, Range(0.0, 0.5)] = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProtocolConfig(Section):
     """Which classes arrive when, and how the model takes them in (paper.md 1.2)."""
 
-    # `X-Y`: X classes in the base step, then Y per increment; `X-0` and `joint`: all at once.
+    # `X-Y`: X classes in the base step, then Y per increment; `X-0` and `joint`: all at once;
+    # `finetune:X-Y`: the steps of X-Y with the plain update rule, the lower bound.
     name: str = "6-1"
     # Empty: the data set's own order.
     class_order: tuple[str, ...] = ()
@@ -215,8 +234,8 @@ class ProtocolConfig(Section):
 
     def check(self) -> None:
         """Form of the name; each class once."""
-        legal = re.fullmatch(r"joint|[1-9]\d*-\d+", self.name) is not None
-        require(legal, "protocol.name", self.name, "`joint` or `X-Y` such as 10-0, 6-1, 2-1")
+        legal = re.fullmatch(r"joint|finetune|(finetune:)?[1-9]\d*-\d+", self.name) is not None
+        require(legal, "protocol.name", self.name, "`X-Y` such as 6-1, `joint`, `finetune` or `finetune:X-Y`")
         once = len(set(self.class_order)) == len(self.class_order)
         require(once, "protocol.class_order", self.class_order, "each class once")
 
@@ -245,6 +264,7 @@ class Config(Section):
     train: TrainConfig = field(default_factory=TrainConfig)
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     iuf: IUFConfig = field(default_factory=IUFConfig)
+    threshold: ThresholdConfig = field(default_factory=ThresholdConfig)
 
     @property
     def grid(self) -> int:

@@ -1,7 +1,7 @@
 """The ``iumad`` command: parse, run one subcommand, print its result, turn mistakes into one sentence.
 
-Every subcommand is a module of this package with two functions: ``run(args) -> result`` (a JSON-ready dict) and
-``show(result) -> text``. They are imported when needed, so that ``iumad --help`` does not load torch.
+Every subcommand is a module of this package with two functions: ``run(args) -> result`` (a JSON-ready dict)
+and ``show(result) -> text``. They are imported when needed, so that ``iumad --help`` does not load torch.
 """
 
 import importlib
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from iumad.cli.arguments import make_parser
+from iumad.engine.files import strict
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = importlib.import_module(f"iumad.cli.{args.command}")
         result = command.run(args)
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(json.dumps(result) if args.json else command.show(result), flush=True)
+        text = json.dumps(strict(result)) if args.json else command.show(result)
+        if text and int(os.environ.get("RANK", "0")) == 0:
+            print(text, flush=True)
         return int(result.get("exit_code", 0))
     except KeyboardInterrupt:
         print("iumad: interrupted", file=sys.stderr)

@@ -12,14 +12,22 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     demo = _add(commands, "demo", "render a small data set, learn it step by step, write a report")
-    demo.add_argument("--out", metavar="DIR", default="runs/demo", help="run directory (default: %(default)s)")
+    demo.add_argument(
+        "--out", metavar="DIR", default="runs/demo", help="run directory (default: %(default)s)"
+    )
     demo.add_argument("--protocol", default="3-1", help="as in train (default: %(default)s)")
     _config(demo)
     demo.set_defaults(order=[], seeds=None, bounds=False, data="demo", overwrite=True)
 
-    train = _add(commands, "train", "learn the classes of a data set step by step and evaluate after each step")
-    train.add_argument("--data", metavar="SPEC", help="folder:PATH, mvtec3d:PATH, eyecandies:PATH, manifest:FILE, demo")
-    train.add_argument("--protocol", metavar="X-Y", help="X classes first, then steps of Y; joint; finetune[:X-Y]")
+    train = _add(
+        commands, "train", "learn the classes of a data set step by step and evaluate after each step"
+    )
+    train.add_argument(
+        "--data", metavar="SPEC", help="folder:PATH, mvtec3d:PATH, eyecandies:PATH, manifest:FILE, demo"
+    )
+    train.add_argument(
+        "--protocol", metavar="X-Y", help="X classes first, then steps of Y; joint; finetune[:X-Y]"
+    )
     train.add_argument(
         "--order",
         action="append",
@@ -27,8 +35,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="ORDER",
         help="class order: a,b,c or random:SEED; several times for several runs",
     )
-    train.add_argument("--seeds", metavar="N,N", help="one run for each seed; mean and deviation are reported")
-    train.add_argument("--bounds", action="store_true", help="also run joint (upper) and finetune (lower bound)")
+    train.add_argument(
+        "--seeds", metavar="N,N", help="one run for each seed; mean and deviation are reported"
+    )
+    train.add_argument(
+        "--bounds", action="store_true", help="also run joint (upper) and finetune (lower bound)"
+    )
     train.add_argument("--out", metavar="DIR", required=True, help="run directory, new or empty")
     train.add_argument("--overwrite", action="store_true", help="delete an earlier run in DIR first")
     _config(train)
@@ -49,8 +61,12 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--depth", metavar="PATH", help="depth file, or folder with a file of the same name for every image"
     )
-    predict.add_argument("--class", dest="cls", metavar="NAME", help="use this class's threshold, not the predicted one")
-    predict.add_argument("--out", metavar="DIR", help="write a heat-map picture for every image to this folder")
+    predict.add_argument(
+        "--class", dest="cls", metavar="NAME", help="use this class's threshold, not the predicted one"
+    )
+    predict.add_argument(
+        "--out", metavar="DIR", help="write a heat-map picture for every image to this folder"
+    )
     _machine(predict)
 
     report = _add(commands, "report", "write report.html of a run and print its tables")
@@ -65,7 +81,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     info = _add(commands, "info", "versions, kernels and devices; or what a checkpoint holds")
     info.add_argument("checkpoint", nargs="?", metavar="RUN", help="run directory or checkpoint file")
-    info.add_argument("--cache-benchmark", metavar="SPEC", help="time an epoch with and without the feature cache")
+    info.add_argument(
+        "--cache-benchmark", metavar="SPEC", help="time an epoch with and without the feature cache"
+    )
     _config(info)
     return parser
 
@@ -91,5 +109,9 @@ def _config(parser: argparse.ArgumentParser) -> None:
 
 
 def _machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    parser.add_argument("--cache", metavar="DIR", help="feature cache (default: $IUMAD_CACHE or ~/.cache/iumad)")
+    parser.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda or cuda:N (default: a GPU if there is one)"
+    )
+    parser.add_argument(
+        "--cache", metavar="DIR", help="feature cache (default: $IUMAD_CACHE or ~/.cache/iumad)"
+    )

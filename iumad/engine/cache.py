@@ -45,6 +45,14 @@ class Batch:
     images: dict[str, Tensor]
     features: dict[str, Tensor]
 
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        images, features = (
+            {name: tensor.to(device) for name, tensor in tensors.items()}
+            for tensors in (self.images, self.features)
+        )
+        return Batch(images, features)
+
 
 class LiveFeatures:
     """The same interface without a cache: every batch runs the backbone."""

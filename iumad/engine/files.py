@@ -1,6 +1,7 @@
 """Files that are either whole or absent: every write of the engine goes through this module."""
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -52,8 +53,17 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented JSON to ``path`` atomically."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=True) + "\n")
+    """Write ``value`` as indented JSON to ``path`` atomically; NaN becomes null."""
+    write_text(path, json.dumps(strict(value), indent=1) + "\n")
+
+
+def strict(value: Any) -> Any:
+    """``value`` with None in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: str | Path) -> Any:

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from iumad.config import Config
 from iumad.data.catalogue import Catalogue, Sample
 from iumad.data.preparing import prepare
-from iumad.data.reading import RawSample, read_sample
+from iumad.data.reading import RawSample, read_mask, read_sample
 
 # Part of every cache key: raise it when the prepared images or the features of an image change.
 VERSION = 1
@@ -58,12 +60,21 @@ class InputPipeline:
                 images[name] = image[: self.image_channels(name)].half()
         return images
 
+    def mask(self, sample: Sample) -> NDArray[np.bool_] | None:
+        """Ground truth (S, S), True on defects; None for an unlabelled sample."""
+        if sample.mask is None:
+            return np.zeros((self.size, self.size), dtype=bool) if sample.is_good else None
+        raw = RawSample(rgb=None, depth=None, valid=None, xyz=None, mask=read_mask(sample.mask))
+        mask = prepare(raw, self.size, depth_mode=self.depth_mode).mask
+        assert mask is not None
+        return mask.numpy()
+
     def images(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Prepared images of several samples, float16 (B, C, S, S)."""
         singles = [self.image(self.read(sample)) for sample in samples]
         return {name: torch.stack([single[name] for single in singles]) for name in self.modalities}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def features(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
         """Aligned features float32 (B, C, g, g) of float16 images, by modality."""
         return {name: torch.cat([self._one(image) for image in batch]) for name, batch in images.items()}

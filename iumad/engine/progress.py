@@ -21,6 +21,7 @@ class Progress:
             every,
         )
         self._bar = None
+        self._note = ""
         self._quiet = quiet
         if not quiet and sys.stderr.isatty():
             from tqdm import tqdm
@@ -38,12 +39,16 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Report ``count`` more units done; ``note`` is shown behind the bar."""
+    def note(self, text: str) -> None:
+        """Show ``text`` behind the bar from now on."""
+        self._note = text
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+
+    def advance(self, count: int = 1) -> None:
+        """Report ``count`` more units done."""
         self.done += count
         if self._bar is not None:
-            if note:
-                self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
             return
         now = time.monotonic()
@@ -53,7 +58,7 @@ class Progress:
             left = elapsed / max(self.done - self._start, 1) * (self.total - self.done)
             percent = 100 * self.done // self.total
             line = f"{self.title}: {self.done}/{self.total} ({percent} %), {clock(left)} left"
-            print(f"{line}, {note}" if note else line, file=sys.stderr, flush=True)
+            print(f"{line}, {self._note}" if self._note else line, file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -1,12 +1,12 @@
 """The files of a run.
 
-    config.json            resolved configuration, data spec, classes in learning order, steps
-    log.jsonl              what happened, one JSON object a line
-    state.safetensors      what a killed run needs to go on; removed when the run is complete
-    step_1.safetensors     the model after each step, ready for `iumad predict`
-    results.json           class x step matrix of every metric, thresholds, scores of every test image
-    cases/                 pictures of the best and worst cases after the last step
-    report.html            all of it on one page
+config.json            resolved configuration, data spec, classes in learning order, steps
+log.jsonl              what happened, one JSON object a line
+state.safetensors      what a killed run needs to go on; removed when the run is complete
+step_1.safetensors     the model after each step, ready for `iumad predict`
+results.json           class x step matrix of every metric, thresholds, scores of every test image
+cases/                 pictures of the best and worst cases after the last step
+report.html            all of it on one page
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def new_directory(root: Path, *, overwrite: bool) -> None:
         if not is_run:
             raise ValueError(f"{root} is not empty and not a run directory; choose another --out")
         if not overwrite:
-            raise ValueError(f"{root} holds a run; `iumad resume {root}` goes on with it, --overwrite replaces it")
+            raise ValueError(
+                f"{root} holds a run; `iumad resume {root}` goes on with it, --overwrite replaces it"
+            )
         shutil.rmtree(root)
     root.mkdir(parents=True, exist_ok=True)
 

@@ -73,7 +73,7 @@ class LeakGuard:
         return StepAccess(step, self.training(step))
 
     def _refuse_shared_images(self, catalogue: Catalogue, digest: Callable[[Sample], str]) -> None:
-        """Lists that train on test images, as the released Eyecandies lists do (paper.md 1.4), stop the run."""
+        """Stop lists that train on test images, as the released Eyecandies lists do (paper.md 1.4)."""
         tests = catalogue.select(split="test")
         by_path = {path: sample for sample in tests for path in _images(sample)}
         by_content = {digest(sample): sample for sample in tests}

@@ -33,32 +33,27 @@ class Protocol:
         return " -> ".join("{" + ", ".join(names) + "}" for names in self.steps)
 
 
-def parse_protocol(spec: str, classes: Sequence[str], order: str = "alphabetical") -> Protocol:
-    """Build the protocol named ``spec`` over ``classes``.
+def parse_protocol(spec: str, classes: Sequence[str]) -> Protocol:
+    """Build the protocol named ``spec`` over ``classes``, given in learning order.
 
     Args:
         spec: ``X-Y`` (X base classes, then steps of Y classes until none is left; ``10-0`` is one step),
-        ``joint`` (all
-            classes in one step: the upper bound), ``finetune:X-Y`` (the same steps with the ``plain`` update
-            rule and nothing against forgetting: the lower bound) or ``finetune`` (= ``finetune:1-1``).
-        classes: the classes of the data set.
-        order: ``alphabetical``, ``random:SEED``, or the class names in learning order, separated by commas (a
-        subset
-            leaves the other classes out).
+            ``joint`` (all classes in one step: the upper bound), ``finetune:X-Y`` (the same steps with the
+            ``plain`` update rule and nothing against forgetting: the lower bound) or ``finetune``
+            (= ``finetune:1-1``).
+        classes: names, each once.
 
     Raises:
-        ValueError: if the spec or the order does not fit the classes.
+        ValueError: if the spec does not fit the number of classes.
 
-    >>> parse_protocol("2-1", ["b", "a", "c"]).steps
+    >>> parse_protocol("2-1", ["a", "b", "c"]).steps
     (('a', 'b'), ('c',))
     """
-    names = order_classes(classes, order)
+    names = tuple(classes)
     total = len(names)
     kind, _, steps = spec.partition(":")
     if kind == "finetune":
-        return Protocol(
-            name=spec, steps=parse_protocol(steps or "1-1", names, ",".join(names)).steps, update="plain"
-        )
+        return Protocol(name=spec, steps=parse_protocol(steps or "1-1", names).steps, update="plain")
     if spec == "joint":
         return Protocol(name=spec, steps=(names,))
     match = re.fullmatch(r"(\d+)-(\d+)", spec)
@@ -66,34 +61,36 @@ def parse_protocol(spec: str, classes: Sequence[str], order: str = "alphabetical
         raise ValueError(f"protocol must be X-Y (such as 6-1), joint, finetune or finetune:X-Y, not {spec!r}")
     base, increment = int(match[1]), int(match[2])
     rest = total - base
-    if (
-        base < 1
-        or rest < 0
-        or (rest > 0 and (increment < 1 or rest % increment))
-        or (rest == 0 and increment)
-    ):
-        hint = f"the {total} classes ({', '.join(names)})"
+    fits = base >= 1 and (rest == increment == 0 or (rest > 0 and increment > 0 and rest % increment == 0))
+    if not fits:
         raise ValueError(
-            f"protocol {spec} does not divide {hint}: X + N * Y must equal {total} (X-0 for a single step)"
+            f"protocol {spec} does not divide the {total} classes ({', '.join(names)}): "
+            f"X + N * Y must be {total}, with Y = 0 for a single step"
         )
-    chunks = tuple(names[start : start + increment] for start in range(base, total, increment or 1))
+    chunks = (names[start : start + increment] for start in range(base, total, increment or 1))
     return Protocol(name=spec, steps=(names[:base], *chunks))
 
 
 def order_classes(classes: Sequence[str], order: str) -> tuple[str, ...]:
-    """Return ``classes`` in the order that ``order`` names (see :func:`parse_protocol`)."""
-    alphabetical = sorted(classes)
-    if order == "alphabetical":
-        return tuple(alphabetical)
+    """Return ``classes`` in the order that ``order`` names.
+
+    Args:
+        classes: the classes of a data set.
+        order: ``random:SEED``, or class names separated by commas (a subset leaves the other classes out).
+
+    Raises:
+        ValueError: if the order is malformed or names something unknown.
+    """
     if order == "random" or order.startswith("random:"):
         seed = order.partition(":")[2]
         if not seed.isdigit():
             raise ValueError(f"order {order!r} needs a seed: random:SEED with SEED a whole number >= 0")
-        random.Random(int(seed)).shuffle(alphabetical)
-        return tuple(alphabetical)
+        shuffled = list(classes)
+        random.Random(int(seed)).shuffle(shuffled)
+        return tuple(shuffled)
     names = tuple(name.strip() for name in order.split(","))
-    unknown = [name for name in names if name not in alphabetical]
+    unknown = [name for name in names if name not in classes]
     if unknown or len(set(names)) != len(names):
         problem = f"unknown class {unknown[0]!r}" if unknown else "a class is named twice"
-        raise ValueError(f"order {order!r}: {problem}; the classes are {', '.join(alphabetical)}")
+        raise ValueError(f"order {order!r}: {problem}; the classes are {', '.join(classes)}")
     return names

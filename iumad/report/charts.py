@@ -12,12 +12,15 @@ WIDTH, HEIGHT = 640, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 34
 
 
-def curves(series: Mapping[str, Sequence[tuple[float, float]]], marks: Mapping[float, str], x_title: str) -> str:
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]], marks: Mapping[float, str], x_title: str
+) -> str:
     """Lines over a logarithmic vertical axis.
 
     Args:
         series: name -> points (x, y); non-positive values of y are left out.
         marks: x -> text: where a new step begins.
+        x_title: what x counts.
     """
     points = [(x, y) for line in series.values() for x, y in line if y > 0]
     if not points:
@@ -35,25 +38,34 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], marks: Mapping[f
     for exponent in range(math.ceil(low), math.floor(high) + 1):
         _, y = at(x_low, 10.0**exponent)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{10.0**exponent:g}</text>')
+        parts.append(
+            f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{10.0**exponent:g}</text>'
+        )
     for value, text in marks.items():
         x, _ = at(value, 10.0**low)
         parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(f'<text class="tick" x="{x + 4:.1f}" y="{TOP + 10}">{escape(text)}</text>')
     for value in np.linspace(x_low, x_high, 6):
         x, _ = at(float(value), 10.0**low)
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:.0f}</text>')
+        where = f'x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}"'
+        parts.append(f'<text class="tick" {where} text-anchor="middle">{value:.0f}</text>')
     for index, (name, line) in enumerate(series.items()):
         path = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in line if y > 0)
-        parts.append(f'<polyline class="line c{index}" points="{path}"><title>{escape(name)}</title></polyline>')
+        parts.append(
+            f'<polyline class="line c{index}" points="{path}"><title>{escape(name)}</title></polyline>'
+        )
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="tick" x="{middle}" y="{HEIGHT - 3}" text-anchor="middle">{escape(x_title)}</text>')
+    parts.append(
+        f'<text class="tick" x="{middle}" y="{HEIGHT - 3}" text-anchor="middle">{escape(x_title)}</text>'
+    )
     return _svg(WIDTH, HEIGHT, parts)
 
 
 def legend(names: Sequence[str]) -> str:
     """The key of :func:`curves`."""
-    keys = (f'<span class="key"><i class="c{index}"></i>{escape(name)}</span>' for index, name in enumerate(names))
+    keys = (
+        f'<span class="key"><i class="c{index}"></i>{escape(name)}</span>' for index, name in enumerate(names)
+    )
     return f'<div class="legend">{"".join(keys)}</div>'
 
 
@@ -74,7 +86,8 @@ def histogram(good: Sequence[float], defect: Sequence[float], threshold: float |
         for index, number in enumerate(count):
             if number:
                 tall = (base - 10) * number / top
-                where = f'x="{4 + index * step:.1f}" y="{base - tall:.1f}" width="{step - 1:.1f}" height="{tall:.1f}"'
+                where = f'x="{4 + index * step:.1f}" y="{base - tall:.1f}"'
+                where += f' width="{step - 1:.1f}" height="{tall:.1f}"'
                 parts.append(f'<rect class="{kind}" {where}><title>{number} {kind}</title></rect>')
     parts.append(f'<line class="axis" x1="4" x2="{width - 4}" y1="{base}" y2="{base}"/>')
     for x, anchor, value in ((4, "start", edges[0]), (width - 4, "end", edges[-1])):

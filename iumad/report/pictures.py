@@ -13,7 +13,15 @@ Pixels = NDArray[np.uint8]  # (H, W, 3)
 
 # Lightness grows steadily from left to right, so that the map also reads in grey.
 _ANCHORS = np.array(
-    [(13, 12, 38), (58, 20, 100), (123, 33, 118), (189, 52, 102), (236, 93, 66), (250, 154, 51), (252, 240, 170)],
+    [
+        (13, 12, 38),
+        (58, 20, 100),
+        (123, 33, 118),
+        (189, 52, 102),
+        (236, 93, 66),
+        (250, 154, 51),
+        (252, 240, 170),
+    ],
     dtype=np.float64,
 )
 _GAP = 6  # pixels between the tiles of a panel
@@ -33,7 +41,9 @@ def grey(values: NDArray[Any]) -> Pixels:
     return np.repeat(pixels[..., None], 3, axis=2)
 
 
-def outline(picture: Pixels, region: NDArray[np.bool_], paint: tuple[int, int, int] = (255, 255, 255)) -> Pixels:
+def outline(
+    picture: Pixels, region: NDArray[np.bool_], paint: tuple[int, int, int] = (255, 255, 255)
+) -> Pixels:
     """Draw the inner border of a region (H, W) on a copy of ``picture``."""
     padded = np.pad(region, 1)
     inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]

@@ -1,4 +1,4 @@
-"""The class x step matrix as text: rows are classes grouped by the step that learns them, columns are steps."""
+"""The class x step matrix as text: rows are classes in learning order, columns are steps."""
 
 from __future__ import annotations
 
@@ -94,7 +94,10 @@ def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
     lines = []
     for line in (head, *body):
-        cells = [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        cells = [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+        ]
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)
@@ -102,7 +105,13 @@ def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def matrix_text(matrix: ResultMatrix, metric: str) -> str:
     """The table of one metric for a terminal, in per cent."""
-    head = [METRICS.get(metric, metric), *(f"step {t + 1}" for t in range(len(matrix.steps))), "best", "final", "drop"]
+    head = [
+        METRICS.get(metric, metric),
+        *(f"step {t + 1}" for t in range(len(matrix.steps))),
+        "best",
+        "final",
+        "drop",
+    ]
     body = []
     for row in (*rows(matrix, metric), means(matrix, metric)):
         last = [row.best, row.final, row.drop if row.name != "mean" else None]

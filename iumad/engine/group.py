@@ -1,0 +1,103 @@
+"""Several runs of one experiment: seeds, class orders, and the two bounds.
+
+    OUT/runs.json          which runs there are, and their part: main, joint (upper bound), finetune (lower
+    bound) OUT/seed_0/ ...        one run directory each OUT/report.html        all of them on one page
+
+A single run has no group: its files lie in OUT itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from iumad.config import Config
+from iumad.engine.files import read_json, write_json
+from iumad.engine.rundir import new_directory
+from iumad.engine.runner import Machine, Run, prepare_run
+from iumad.report.html import write_report
+from iumad.report.load import RunView, load_runs
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a group."""
+
+    name: str
+    role: str
+    config: Config
+
+
+def plan_runs(
+    config: Config, seeds: Sequence[int], orders: Sequence[tuple[str, ...]], *, bounds: bool
+) -> list[Planned]:
+    """Every seed with every class order; the bounds with the first of each.
+
+    Empty ``seeds`` and ``orders`` mean those of ``config``.
+    """
+    runs = []
+    for number, order in enumerate(orders or [config.protocol.class_order], 1):
+        for seed in seeds or [config.train.seed]:
+            parts = [f"seed_{seed}"] if len(seeds) > 1 else []
+            parts += [f"order_{number}"] if len(orders) > 1 else []
+            runs.append(Planned("_".join(parts) or "main", "main", _vary(config, seed=seed, order=order)))
+    if bounds:
+        first = runs[0].config
+        steps = first.protocol.name.removeprefix("finetune:")
+        runs.append(Planned("joint", "joint", _vary(first, protocol="joint")))
+        runs.append(Planned("finetune", "finetune", _vary(first, protocol=f"finetune:{steps}")))
+    return runs
+
+
+def start(root: Path, runs: Sequence[Planned], *, overwrite: bool) -> None:
+    """Make the directories of new runs; a single run lies in ``root`` itself."""
+    new_directory(root, overwrite=overwrite)
+    if len(runs) == 1:
+        prepare_run(root, runs[0].config)
+        return
+    for run in runs:
+        prepare_run(root / run.name, run.config)
+    write_json(root / "runs.json", {"runs": [{"directory": run.name, "role": run.role} for run in runs]})
+
+
+def execute(root: Path, machine: Machine) -> list[RunView]:
+    """Bring every unfinished run under ``root`` to its end, then write the report."""
+    group = root / "runs.json"
+    directories = (
+        [root / entry["directory"] for entry in read_json(group)["runs"]] if group.exists() else [root]
+    )
+    for directory in directories:
+        if not is_finished(directory):
+            Run(directory, machine).execute()
+    if not machine.world.is_main:
+        return []
+    views = load_runs(root)
+    write_report(views, root / "report.html")
+    return views
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether every step of a run has been evaluated."""
+    results = directory / "results.json"
+    if not results.exists() or (directory / "state.safetensors").exists():
+        return False
+    return len(read_json(results)["steps"]) == len(read_json(directory / "config.json")["steps"])
+
+
+def _vary(
+    config: Config,
+    *,
+    seed: int | None = None,
+    order: tuple[str, ...] | None = None,
+    protocol: str | None = None,
+) -> Config:
+    train, steps = config.train, config.protocol
+    if seed is not None:
+        train = dataclasses.replace(train, seed=seed)
+    if order is not None:
+        steps = dataclasses.replace(steps, class_order=order)
+    if protocol is not None:
+        steps = dataclasses.replace(steps, name=protocol)
+    return dataclasses.replace(config, train=train, protocol=steps)

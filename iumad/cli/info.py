@@ -52,7 +52,7 @@ def cache_benchmark(config: Config, machine: Machine) -> dict[str, Any]:
             job = Run(Path(folder), machine)
             access = job.guard.open(0)
             job.source.ensure(access.samples, "features")
-            job.rule.begin_step(0, job.model)
+            job.rule.begin_step(0, job.model, iterations=job.trainer.plan(access).iterations)
             began = time.perf_counter()
             job.trainer.run(access, job.position)
             seconds[cached] = time.perf_counter() - began

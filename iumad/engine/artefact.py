@@ -59,7 +59,7 @@ def load_artefact(path: Path, device: torch.device) -> Artefact:
         config = Config.from_dict(content["config"])
     except ValueError as error:
         raise ValueError(f"{path} was written by another version of this program: {error}") from error
-    backbone = build_backbone(config)
+    backbone = build_backbone(config.backbone)
     pipeline = InputPipeline(config, backbone, device=device)
     if pipeline.identity != content["inputs"]:
         raise ValueError(

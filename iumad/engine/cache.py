@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +42,8 @@ CHUNK = 8  # images between two appends
 class Batch:
     """Model inputs of B images: by modality, images (B, 3, S, S) in [0, 1] and features (B, C, g, g)."""
 
-    images: dict[str, Tensor]
-    features: dict[str, Tensor]
+    images: Mapping[str, Tensor]
+    features: Mapping[str, Tensor]
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
@@ -124,7 +124,8 @@ class FeatureCache(LiveFeatures):
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """The model inputs of ``samples``, which must have been ensured."""
         records = self._records[[self._rows[self.digest(sample)] for sample in samples]]
-        images, features = {}, {}
+        images: dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {}
         for name in self.pipeline.modalities:
             images[name] = self.pipeline.widen(torch.from_numpy(records[name]))
             features[name] = torch.from_numpy(np.ascontiguousarray(records[f"{name}_features"]))
@@ -151,8 +152,8 @@ class FeatureCache(LiveFeatures):
             lines = "".join(self.digest(sample) + "\n" for sample in samples)
             self._write(self.folder / "index.txt", lines.encode(), len(self._rows) * 65)
         except OSError as error:
-            name = error.filename or self.folder
-            raise OSError(error.errno, f"cannot write ({error.strerror})", str(name)) from error
+            path = str(error.filename or self.folder)
+            raise OSError(error.errno, f"cannot write ({error.strerror})", path) from error
         for sample in samples:
             self._rows[self.digest(sample)] = len(self._rows)
 

@@ -130,7 +130,7 @@ def evaluate_class(
 
 
 def _cases(kept: list[tuple[Scored, NDArray[np.bool_]]]) -> list[tuple[dict[str, Any], Pixels]]:
-    """Best and worst localised defect (by AP inside the image), and the highest-scored normal image."""
+    """Best and worst localised defect (by AP inside the image), lowest-scored defect, highest normal."""
     found = np.concatenate([scored.anomaly_map.ravel() for scored, _ in kept])
     low, high = np.percentile(found, (1, 99.8))
     precision = [
@@ -140,9 +140,11 @@ def _cases(kept: list[tuple[Scored, NDArray[np.bool_]]]) -> list[tuple[dict[str,
     chosen = []
     if precision:
         ranked = sorted(precision, key=lambda item: item[0])
+        missed = min(ranked[1:-1] or ranked, key=lambda item: item[1].score)
         for good, text, (value, scored, mask) in (
             (True, "best localised defect", ranked[-1]),
             (False, "worst localised defect", ranked[0]),
+            (False, "lowest score of the other defects", missed),
         ):
             chosen.append((scored, mask, good, f"{text}, AP {100 * value:.0f} %, score {scored.score:.3g}"))
     if normal:

@@ -53,7 +53,7 @@ class InputPipeline:
     def image(self, raw: RawSample) -> dict[str, Tensor]:
         """Prepared images by modality, float16 (C, S, S) with C = :meth:`image_channels`."""
         prepared = prepare(raw, self.size, depth_mode=self.depth_mode)
-        images = {}
+        images: dict[str, Tensor] = {}
         for name in self.modalities:
             image = getattr(prepared, name)
             if image is not None:

@@ -103,7 +103,7 @@ def predict(
         name = _class_name(artefact, scored, cls)
         limit = artefact.thresholds.get(name or "")
         value = limit["value"] if limit else None
-        result = {
+        result: dict[str, Any] = {
             "path": sample.id,
             "score": scored.score,
             "threshold": value,
@@ -112,8 +112,9 @@ def predict(
             "map": None,
         }
         if out is not None:
-            result["map"] = str(out / f"{number:05d}_{Path(sample.id).stem}.png")
-            write_bytes(result["map"], png(_picture(scored, value)))
+            path = out / f"{number:05d}_{Path(sample.id).stem}.png"
+            write_bytes(path, png(_picture(scored, value)))
+            result["map"] = str(path)
         yield result
 
 

@@ -61,6 +61,7 @@ def prepare_run(root: Path, config: Config) -> None:
         )
     settings = {
         "data": config.data.dataset,
+        "name": catalogue.name,
         "protocol": protocol.name,
         "update_rule": config.protocol.update_rule,
         "steps": [list(names) for names in protocol.steps],
@@ -85,7 +86,7 @@ def resolve_protocol(config: Config, catalogue: Catalogue) -> Protocol:
 
 def source_for(config: Config, machine: Machine) -> LiveFeatures:
     """The feature source of a configuration: cached, unless train.feature_cache is off."""
-    pipeline = InputPipeline(config, build_backbone(config), device=machine.device)
+    pipeline = InputPipeline(config, build_backbone(config.backbone), device=machine.device)
     return FeatureCache(machine.cache, pipeline) if config.train.feature_cache else LiveFeatures(pipeline)
 
 
@@ -99,8 +100,8 @@ class Run:
         self.catalogue = open_dataset(self.config.data.dataset)
         self.protocol = resolve_protocol(self.config, self.catalogue)
         if [list(names) for names in self.protocol.steps] != self.settings["steps"]:
-            data = self.config.data.dataset
-            raise ValueError(f"{self.directory.config}: the classes of {data} have changed since")
+            dataset = self.config.data.dataset
+            raise ValueError(f"{self.directory.config}: the classes of {dataset} have changed since")
         train, data = self.config.train, self.config.data
         state = checkpoint.load(self.directory.state, "state") if self.directory.state.exists() else None
         self.source = source_for(self.config, machine)
@@ -163,7 +164,7 @@ class Run:
         cached = len(access.samples) - computed
         self.log.write("features", step=step, computed=computed, cached=cached, seconds=seconds)
         if self.position.iteration == 0:
-            self.rule.begin_step(step, self.model)
+            self.rule.begin_step(step, self.model, iterations=self.trainer.plan(access).iterations)
         self.trainer.run(access, self.position)
         self.rule.end_step(self.model, self.trainer.batches(access))
         access.close()
@@ -211,7 +212,7 @@ class Run:
                 "iterations": plan.iterations,
                 "epochs": plan.iterations * plan.batch_size / plan.images,
                 "train_seconds": self.position.seconds,
-                "kept_bytes": _tensor_bytes(self.rule.state_dict()),
+                "kept_bytes": self.rule.storage(),
                 "scores": scores,
             }
         )
@@ -257,11 +258,3 @@ class Run:
             self.results["steps"] = self.results["steps"][:step]
             self.matrix = ResultMatrix.from_dict(self.results["matrix"])
         return int(saved["log"])
-
-
-def _tensor_bytes(node: Any) -> int:
-    if isinstance(node, torch.Tensor):
-        return node.numel() * node.element_size()
-    if isinstance(node, dict):
-        return sum(map(_tensor_bytes, node.values()))
-    return sum(map(_tensor_bytes, node)) if isinstance(node, list | tuple) else 0

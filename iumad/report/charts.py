@@ -8,7 +8,7 @@ from html import escape
 
 import numpy as np
 
-WIDTH, HEIGHT = 640, 250
+WIDTH, HEIGHT = 960, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 34
 
 
@@ -25,7 +25,7 @@ def curves(
     points = [(x, y) for line in series.values() for x, y in line if y > 0]
     if not points:
         return ""
-    x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
+    x_low, x_high = 0.0, max(x for x, _ in points)
     low = math.floor(math.log10(min(y for _, y in points)) * 2) / 2
     high = max(math.ceil(math.log10(max(y for _, y in points)) * 2) / 2, low + 0.5)
 

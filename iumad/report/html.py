@@ -26,7 +26,7 @@ def write_report(runs: Sequence[RunView], path: Path) -> None:
 def page(runs: Sequence[RunView]) -> str:
     """The whole HTML document. The first main run is shown in full, the others as summary and matrices."""
     run = next((run for run in runs if run.role == "main"), runs[0])
-    title = f"IUMAD: {run.settings['data']}, protocol {run.settings['protocol']}"
+    title = f"IUMAD: {run.settings['name']}, protocol {run.settings['protocol']}"
     parts = [
         _head(run),
         _numbers(run),
@@ -68,7 +68,7 @@ def _head(run: RunView) -> str:
     config = settings["config"]
     facts += [f"backbone {config['backbone']['name']}", f"seed {config['train']['seed']}"]
     return (
-        f"<header><h1>Incremental anomaly detection on {escape(settings['data'])}{state}</h1>"
+        f"<header><h1>Incremental anomaly detection on {escape(settings['name'])}{state}</h1>"
         f'<div class="soft">{escape(" · ".join(facts))}</div>'
         f'<div class="soft">{escape(steps)}</div></header>'
     )
@@ -158,8 +158,8 @@ def _forgetting(run: RunView) -> str:
     table = _table(f"<th></th>{head}", body)
     kept = run.results["steps"][-1]["kept_bytes"]
     note = (
-        "All derived from the matrices above, in per cent. FM is the paper's forgetting measure; papers differ "
-        "in which of these they print. Kept from earlier steps besides the weights: "
+        "All derived from the matrices above, in per cent. FM is the paper's forgetting measure; papers "
+        "differ in which of these they print. Kept from earlier steps besides the weights: "
         f"{kept / 1e6:.2f} MB, no image among it."
     )
     return _section("Forgetting", note, table)
@@ -248,7 +248,7 @@ def _environment(run: RunView) -> str:
     return _section(
         "Environment and configuration",
         "What the run was made with.",
-        f'<div class="scroll"><table><tbody>{body}</tbody></table></div>'
+        f'<div class="scroll"><table class="facts"><tbody>{body}</tbody></table></div>'
         f"<details><summary>Configuration</summary><pre>{config}</pre></details>"
         + (f"<details><summary>Command</summary><pre>{command}</pre></details>" if command else ""),
     )

@@ -64,8 +64,10 @@ def panel(
 
     Args:
         images: prepared images by modality, (3, S, S) in [0, 1].
-        score_map: (S, S); ``low`` and ``high`` are the ends of its colour scale, shared within a class.
+        score_map: (S, S).
         mask: (S, S), or None where no ground truth exists.
+        low: the score shown darkest.
+        high: the score shown brightest; share both within a class.
     """
     tiles = []
     if "rgb" in images:

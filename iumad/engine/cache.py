@@ -145,27 +145,25 @@ class FeatureCache(LiveFeatures):
         for name in self.pipeline.modalities:
             records[name] = images[name].numpy()
             records[f"{name}_features"] = features[name].numpy()
-        try:
-            self._write(
-                self.folder / "records.bin", records.tobytes(), len(self._rows) * self._record.itemsize
-            )
-            lines = "".join(self.digest(sample) + "\n" for sample in samples)
-            self._write(self.folder / "index.txt", lines.encode(), len(self._rows) * 65)
-        except OSError as error:
-            path = str(error.filename or self.folder)
-            raise OSError(error.errno, f"cannot write ({error.strerror})", path) from error
+        lines = "".join(self.digest(sample) + "\n" for sample in samples)
+        row = len(self._rows)
+        self._write(self.folder / "records.bin", records.tobytes(), row * self._record.itemsize)
+        self._write(self.folder / "index.txt", lines.encode(), row * 65)
         for sample in samples:
             self._rows[self.digest(sample)] = len(self._rows)
 
     @staticmethod
     def _write(path: Path, data: bytes, offset: int) -> None:
         """Write through the file, not the map: a full disk is then an error, not a deadly signal."""
-        with open(path, "r+b" if path.exists() else "w+b") as file:
-            file.truncate(offset)
-            file.seek(offset)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(path, "r+b" if path.exists() else "w+b") as file:
+                file.truncate(offset)
+                file.seek(offset)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from error
 
     def _read_index(self) -> None:
         index, records = self.folder / "index.txt", self.folder / "records.bin"

@@ -115,11 +115,23 @@ def test_manifest_with_the_leak_of_the_released_lists(tmp_path, tiny_data):
     lines = ["class,split,kind,rgb,depth,mask"]
     for sample in catalogue.samples:
         split = "train" if sample.is_good else sample.split
-        columns = [sample.cls, split, sample.kind, *(str(p or "") for p in (sample.rgb, sample.depth, sample.mask))]
+        columns = [
+            sample.cls,
+            split,
+            sample.kind,
+            *(str(p or "") for p in (sample.rgb, sample.depth, sample.mask)),
+        ]
         lines.append(",".join(columns))
     for sample in catalogue.select(split="test"):
         if sample.is_good:
-            columns = [sample.cls, "test", sample.kind, str(sample.rgb), str(sample.depth), str(sample.mask or "")]
+            columns = [
+                sample.cls,
+                "test",
+                sample.kind,
+                str(sample.rgb),
+                str(sample.depth),
+                str(sample.mask or ""),
+            ]
             lines.append(",".join(columns))
     manifest = Path(tmp_path / "leak.csv")
     manifest.write_text("\n".join(lines) + "\n")

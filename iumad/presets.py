@@ -41,6 +41,7 @@ def small() -> Config:
     return Config(
         model=ModelConfig(
             dim=128,
+            dropout=0.0,
             num_heads=4,
             ffn_dim=256,
             mamba_expand=1,

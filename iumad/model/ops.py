@@ -7,36 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-) -> Tensor:
-    """Mamba's recurrence; u, delta (B, D, L), A (D, N), B, C (B, G, N, L), D and delta_bias (D)."""
-    if delta_bias is not None:
-        delta = delta + delta_bias[:, None]
-    if delta_softplus:
-        delta = F.softplus(delta)
-    groups = B.shape[1]
-    u_t, delta_t, B_t, C_t = (x.movedim(-1, 0).contiguous() for x in (u, delta, B, C))
-    state = torch.zeros(*u.shape[:2], A.shape[1], dtype=u.dtype, device=u.device)
-    outputs = []
-    for u_BD, delta_BD, B_BGN, C_BGN in zip(*(x.unbind(0) for x in (u_t, delta_t, B_t, C_t))):
-        drive = (delta_BD * u_BD).unflatten(1, (groups, -1)).unsqueeze(-1) * B_BGN.unsqueeze(2)
-        state = torch.exp(delta_BD.unsqueeze(-1) * A) * state + drive.flatten(1, 2)
-        outputs.append((state.unflatten(1, (groups, -1)) @ C_BGN.unsqueeze(-1)).flatten(1))
-    y = torch.stack(outputs, dim=-1)
-    if D is not None:
-        y = y + u * D[:, None]
-    return y if z is None else y * F.silu(z)
-
-
 def cross_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0
 ) -> Tensor:

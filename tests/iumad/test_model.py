@@ -17,7 +17,7 @@ from iumad.model.discriminator import discriminate
 from iumad.model.jitter import FeatureJitter
 from iumad.model.mamba import EfficientChannelAttention, MambaBlock
 from iumad.model.reconstruction import EncoderLayer, PositionEmbedding, Reconstruction, neighbour_mask
-from iumad.model.scan import ES2D, gather, scatter
+from iumad.model.scan import ES2D, project_subgrids
 
 CLASSES, CHANNELS, GRID, SIDE, BATCH = 5, 24, 4, 64, 3
 
@@ -115,6 +115,7 @@ def test_every_variant_trains_every_parameter(name):
     config = tiny(LossConfig(reconstruction=reconstruction), **VARIANTS[name])
     model = build(config).train()
     images, features = inputs(config)
+    torch.manual_seed(1)  # with modality dropout: a draw that keeps some depth
     output = model(images, features)
     assert output.reconstruction.shape == (BATCH, CHANNELS, GRID, GRID)
     assert output.anomaly_map.shape == (BATCH, SIDE, SIDE)
@@ -196,15 +197,13 @@ def test_neighbour_mask():
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 4), (4, 7), (5, 3), (1, 1), (14, 14)])
-def test_es2d_gather_inverts_scatter(height, width):
+def test_cells_keep_their_place_and_use_their_own_weight(height, width):
+    """Splitting into sub-grids and back is exact for odd and even sizes; the order is ES2D's."""
     x = torch.randn(2, height, width, 3)
-    assert torch.equal(gather(scatter(x), height, width), x)
-
-
-def test_es2d_scan_order():
-    """EfficientVMamba's four sub-grids: rows first on even rows, columns first on odd (paper.md 2.3)."""
-    cells = torch.arange(16.0).reshape(1, 4, 4, 1)
-    assert scatter(cells)[0, :, 0].tolist() == [[0, 2, 8, 10], [4, 12, 6, 14], [1, 3, 9, 11], [5, 13, 7, 15]]
+    y = project_subgrids(x, torch.eye(3) * torch.tensor([1.0, 2.0, 4.0, 8.0])[:, None, None])
+    factor = 1 + torch.arange(height)[:, None] % 2
+    factor = factor * (1 + 3 * (torch.arange(width) % 2))
+    assert torch.equal(y, x * factor[..., None])
 
 
 def test_es2d_equals_a_step_by_step_scan():
@@ -215,21 +214,20 @@ def test_es2d_equals_a_step_by_step_scan():
     x = torch.randn(2, height, width, dim, dtype=torch.float64)
     y = scan(x)
     for k, (row, column) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1)]):
-        padded = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))[:, row::2, column::2]
-        sub = padded if k % 2 == 0 else padded.transpose(1, 2)
+        own = x[:, row::2, column::2]
+        sub = own if k % 2 == 0 else own.transpose(1, 2)
         state = torch.zeros(2, dim, states, dtype=torch.float64)
         result = torch.zeros_like(sub)
         A = -torch.exp(scan.A_log[k])
         for i in range(sub.shape[1]):
             for j in range(sub.shape[2]):
                 u = sub[:, i, j]
-                low, B, C = (u @ scan.project[k].T).split((rank, states, states), dim=-1)
-                delta = F.softplus(low @ scan.delta_weight[k].T + scan.delta_bias[k])
+                low, B, C = (u @ scan.project[k]).split((rank, states, states), dim=-1)
+                delta = F.softplus(low @ scan.delta_weight[k] + scan.delta_bias[k])
                 state = torch.exp(delta[..., None] * A) * state + (delta * u)[..., None] * B[:, None]
                 result[:, i, j] = (state * C[:, None]).sum(-1) + scan.D[k] * u
         result = result if k % 2 == 0 else result.transpose(1, 2)
-        expected = result[:, : len(range(row, height, 2)), : len(range(column, width, 2))]
-        torch.testing.assert_close(y[:, row::2, column::2], expected)
+        torch.testing.assert_close(y[:, row::2, column::2], result)
 
 
 def test_es2d_initial_state_space():
@@ -459,4 +457,4 @@ def test_golden_losses():
         total.backward()
         optimiser.step()
         losses.append(total.item())
-    assert losses == pytest.approx([8.7935066, 8.2482777, 7.8365688], rel=1e-4)
+    assert losses == pytest.approx([8.79352, 8.24815, 7.83786], rel=1e-4)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from iumad.data.check import check_dataset
+
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Run the checker; exit code 1 if it finds an error."""
-    from iumad.data import check
-
-    spec = args.data if ":" in args.data or args.data == "demo" else f"folder:{args.data}"
-    return check.run(spec)
+    """Check every file; exit code 1 if there is an error among the findings."""
+    report = check_dataset(args.data)
+    return {**report.to_dict(), "text": str(report), "exit_code": 0 if report.ok else 1}
 
 
 def show(result: dict[str, Any]) -> str:
-    """The checker's own text."""
+    """The table and the findings."""
     return str(result["text"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from iumad.cli.options import config_from, machine_from
-from iumad.config import Config
+from iumad.config import Config, apply_overrides
 from iumad.data import open_dataset
 from iumad.engine import group
 from iumad.engine.distributed import leave
@@ -26,12 +26,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def train(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """The part that ``iumad demo`` shares."""
+    machine = machine_from(args)
+    if config.train.shards == 0:  # recorded, so that the run can be repeated with another number of processes
+        config = apply_overrides(config, [f"train.shards={machine.world.size}"])
     out = Path(args.out)
     seeds = _seeds(args.seeds)
     classes = open_dataset(config.data.dataset).classes if args.order else ()
     orders = [order_classes(classes, order) for order in args.order]
     runs = group.plan_runs(config, seeds, orders, bounds=args.bounds)
-    machine = machine_from(args)
     try:
         if machine.world.is_main:
             group.start(out, runs, overwrite=args.overwrite)

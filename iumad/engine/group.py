@@ -15,8 +15,8 @@ from pathlib import Path
 
 from iumad.config import Config
 from iumad.engine.files import read_json, write_json
-from iumad.engine.rundir import new_directory
-from iumad.engine.runner import Machine, Run, prepare_run
+from iumad.engine.rundir import RunDirectory, new_directory
+from iumad.engine.runner import Machine, Run, run_settings
 from iumad.report.html import write_report
 from iumad.report.load import RunView, load_runs
 
@@ -52,13 +52,18 @@ def plan_runs(
 
 
 def start(root: Path, runs: Sequence[Planned], *, overwrite: bool) -> None:
-    """Make the directories of new runs; a single run lies in ``root`` itself."""
+    """Make the directories of new runs; a single run lies in ``root`` itself.
+
+    Raises:
+        ValueError: before anything is made or deleted, if a configuration does not fit the data.
+    """
+    settings = [run_settings(run.config) for run in runs]
     new_directory(root, overwrite=overwrite)
     if len(runs) == 1:
-        prepare_run(root, runs[0].config)
+        write_json(RunDirectory(root).config, settings[0])
         return
-    for run in runs:
-        prepare_run(root / run.name, run.config)
+    for run, content in zip(runs, settings, strict=True):
+        write_json(RunDirectory(root / run.name).config, content)
     write_json(root / "runs.json", {"runs": [{"directory": run.name, "role": run.role} for run in runs]})
 
 

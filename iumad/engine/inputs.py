@@ -70,9 +70,10 @@ class InputPipeline:
         return mask.numpy()
 
     def images(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Prepared images of several samples, float16 (B, C, S, S)."""
+        """Prepared images of several samples, float16 (B, C, S, S), of the modalities that all of them have."""
         singles = [self.image(self.read(sample)) for sample in samples]
-        return {name: torch.stack([single[name] for single in singles]) for name in self.modalities}
+        present = [name for name in self.modalities if all(name in single for single in singles)]
+        return {name: torch.stack([single[name] for single in singles]) for name in present}
 
     @torch.no_grad()
     def features(self, images: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -46,11 +46,11 @@ class Machine:
     quiet: bool = False
 
 
-def prepare_run(root: Path, config: Config) -> None:
-    """Write ``config.json`` of a new run after checking that the configuration fits the data.
+def run_settings(config: Config) -> dict[str, Any]:
+    """The content of ``config.json`` of a new run.
 
     Raises:
-        ValueError: if it does not.
+        ValueError: if the configuration does not fit the data.
     """
     catalogue = open_dataset(config.data.dataset)
     check_modalities(catalogue, config)
@@ -59,7 +59,7 @@ def prepare_run(root: Path, config: Config) -> None:
         config = dataclasses.replace(
             config, protocol=dataclasses.replace(config.protocol, update_rule=protocol.update)
         )
-    settings = {
+    return {
         "data": config.data.dataset,
         "name": catalogue.name,
         "protocol": protocol.name,
@@ -69,7 +69,11 @@ def prepare_run(root: Path, config: Config) -> None:
         "command": sys.argv,
         "config": config.to_dict(),
     }
-    write_json(RunDirectory(root).config, settings)
+
+
+def prepare_run(root: Path, config: Config) -> None:
+    """Write ``config.json`` of a new run."""
+    write_json(RunDirectory(root).config, run_settings(config))
 
 
 def resolve_protocol(config: Config, catalogue: Catalogue) -> Protocol:

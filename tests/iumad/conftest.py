@@ -26,7 +26,7 @@ TINY = [
 ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Bits depend on the number of threads, and tiny tensors gain nothing from more."""
     before = torch.get_num_threads()

@@ -42,7 +42,7 @@ class DataConfig(Section):
     dataset: str = "demo"
     # Side in pixels of the square that images become; the token grid has image_size / 16 cells a side.
     image_size: PositiveInt = 224
-    # z: the distance alone, replicated to three channels; xyz: the three coordinates as channels.
+    # z: the distance alone, replicated to three channels; xyz_raw: the three coordinates as channels.
     depth_mode: Literal["z", "xyz_raw"] = "z"
     # Train on train/good and validation/good together, as the paper's lists do.
     include_validation: bool = True

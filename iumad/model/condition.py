@@ -6,8 +6,7 @@ L = G * G tokens, K classes.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from iumad.config import ModelConfig
@@ -68,7 +67,6 @@ class ConditionBranch(nn.Module):
         maps = []
         for block in self.blocks:
             x_BHWD = block(x_BHWD)
-            pooled_BDGG = F.avg_pool2d(x_BHWD.permute(0, 3, 1, 2), self.pool) if self.pool > 1 else None
-            tokens = x_BHWD.flatten(1, 2) if pooled_BDGG is None else pooled_BDGG.flatten(2).transpose(1, 2)
-            maps.append(tokens)
+            pool = {"p": self.pool, "q": self.pool}
+            maps.append(reduce(x_BHWD, "b (h p) (w q) d -> b (h w) d", "mean", **pool))
         return maps, self.head(x_BHWD.mean(dim=(1, 2)))

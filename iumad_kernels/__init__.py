@@ -16,6 +16,7 @@ except ImportError as error:
     ) from error
 
 from iumad_kernels.backend import backend, backend_for
+from iumad_kernels.ops.cross_attention import cross_attention
 from iumad_kernels.ops.selective_scan import selective_scan, selective_scan_2d, selective_state_update
 from iumad_kernels.version import __version__
 
@@ -26,6 +27,7 @@ __all__ = [
     "backend",
     "backend_for",
     "build_info",
+    "cross_attention",
     "selective_scan",
     "selective_scan_2d",
     "selective_state_update",

@@ -1,0 +1,132 @@
+// Rows of attention scores: scaling, masks, the softmax and dropout. x is kept in units of log 2, so that exp is one exp2.
+#pragma once
+
+#include "cross_attention.h"
+#include "math.h"
+#include "philox.h"
+#include "rows.h"
+
+namespace iumad::IUMAD_ISA {
+
+template <class F>
+constexpr F kInfinity = std::is_same_v<F, double> ? F(__builtin_inf()) : F(__builtin_inff());
+
+// The keys [first, first + count) that one step works on, in buffers of `padded` columns.
+struct KeyBlock {
+  int64_t first, count, padded;
+};
+
+// How many keys of the block query i sees; the rest of the row is -inf.
+inline int64_t visible_keys(const CrossAttention& s, const KeyBlock& block, int64_t i) {
+  if (!s.causal) return block.count;
+  const int64_t n = i + 1 - block.first;
+  return n < 0 ? 0 : n < block.count ? n : block.count;
+}
+
+// exp2 that is exactly 0 at -inf on every instruction set.
+template <class F>
+inline Vec<F> exp2_to_zero(Vec<F> x) {
+  const Vec<F> p = exp2_product<F>(x, broadcast(F(1)));
+#if defined(__AVX512F__)
+  return p;
+#else
+  return x < broadcast(F(sizeof(F) == 8 ? -1022 : -126)) ? Vec<F>{} : p;
+#endif
+}
+
+template <class F>
+inline F max_lanes(Vec<F> v) {
+  F best = v[0];
+  for (int i = 1; i < kLanes<F>; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// Additive bias of a row in units of log 2: the mask of (batch b, head h, query i) over the block.
+template <class F>
+inline void load_bias(F* bias, const MaskView& mask, const KeyBlock& block, int64_t b, int64_t h, int64_t i) {
+  const int64_t first = b * mask.batch + h * mask.head + i * mask.query + block.first * mask.key;
+  if (mask.is_bool) {
+    const uint8_t* p = static_cast<const uint8_t*>(mask.data) + first;
+    for (int64_t j = 0; j < block.count; ++j) bias[j] = p[j * mask.key] ? F(0) : -kInfinity<F>;
+    return;
+  }
+  visit<F>(mask.dtype, mask.data, [&](auto* data) {
+    const auto* p = data + first;
+    int64_t j = 0;
+    if (mask.key == 1)
+      for (; j + kLanes<F> <= block.count; j += kLanes<F>) store<F>(bias + j, load_lanes(p + j) * broadcast(kLog2E<F>));
+    for (; j < block.count; ++j) bias[j] = F(to_compute(p[j * mask.key])) * kLog2E<F>;
+  });
+}
+
+// row = factor * row + bias over the visible keys, -inf over the rest of the row; returns the maximum (-inf if nothing is seen).
+template <class F>
+inline F scale_row(F* row, int64_t padded, int64_t visible, F factor, const F* bias) {
+  using V = Vec<F>;
+  constexpr int n = kLanes<F>;
+  const V scale = broadcast(factor), lowest = broadcast(-kInfinity<F>);
+  V best = lowest;
+  const auto step = [&](int64_t j, V x) {
+    store<F>(row + j, x);
+    best = x > best ? x : best;
+  };
+  int64_t j = 0;
+  if (bias) {
+    for (; j + n <= visible; j += n) step(j, fma(load(row + j), scale, load(bias + j)));
+  } else {
+    for (; j + n <= visible; j += n) step(j, load(row + j) * scale);
+  }
+  for (; j < padded; j += n) {
+    F tail[n];
+    for (int k = 0; k < n; ++k) tail[k] = j + k < visible ? F(row[j + k] * factor + (bias ? bias[j + k] : F(0))) : -kInfinity<F>;
+    step(j, load(tail));
+  }
+  return max_lanes<F>(best);
+}
+
+// row = 2^(row - shift); returns the sum.
+template <class F>
+inline F exp_row(F* row, int64_t padded, F shift) {
+  const Vec<F> offset = broadcast(shift);
+  Vec<F> sum{};
+  for (int64_t j = 0; j < padded; j += kLanes<F>) {
+    const Vec<F> p = exp2_to_zero<F>(load(row + j) - offset);
+    store<F>(row + j, p);
+    sum += p;
+  }
+  return sum_lanes<F>(sum);
+}
+
+template <class F>
+inline void multiply_row(F* row, int64_t padded, const F* factor) {
+  for (int64_t j = 0; j < padded; j += kLanes<F>) store<F>(row + j, load(row + j) * load(factor + j));
+}
+
+// Dropout of one row: factor[j] = 1 / (1 - p) where the key survives, else 0.
+template <class F>
+class Dropout {
+ public:
+  Dropout(const CrossAttention& s, uint32_t* words)
+      : seed_(s.seed),
+        threshold_(uint32_t(s.dropout_p * 4294967296.0)),
+        keep_(F(1 / (1 - s.dropout_p))),
+        blocks_((s.keys + kPhiloxBlock - 1) / kPhiloxBlock),
+        words_(words) {}
+
+  static int64_t words(int64_t keys) { return round_up(keys, kPhiloxBlock); }
+
+  void factors(F* factor, const KeyBlock& block, int64_t row) const {
+    const int64_t count = (block.count + kPhiloxBlock - 1) / kPhiloxBlock;
+    random_words(seed_, uint64_t(row * blocks_ + block.first / kPhiloxBlock), count, words_);
+    for (int64_t j = 0; j < block.padded; ++j) factor[j] = words_[j] >= threshold_ ? keep_ : F(0);
+  }
+
+ private:
+  uint64_t seed_;
+  uint32_t threshold_;
+  F keep_;
+  int64_t blocks_;
+  uint32_t* words_;
+};
+
+}  // namespace iumad::IUMAD_ISA

@@ -1,0 +1,237 @@
+#include "attention_plan.h"
+#include "cross_attention.h"
+#include "matrix.h"
+#include "scratch.h"
+
+namespace iumad::IUMAD_ISA {
+namespace {
+
+template <class P>
+AttentionPlan backward_plan(const CrossAttention& s, bool weights) {
+  return plan_attention<P>(s, weights, 2, INT64_MAX);
+}
+
+template <class P>
+class Backward {
+  using F = typename P::Compute;
+  using T = typename P::Operand;
+
+ public:
+  Backward(const CrossAttention& s, const CrossAttentionGradients& d)
+      : s_(s),
+        d_(d),
+        plan_(backward_plan<P>(s, d.weights != nullptr)),
+        dim_(round_up(s.dim, P::kStep)),
+        value_dim_(round_up(s.value_dim, P::kStep)),
+        keys_(round_up(plan_.key_block, P::kStep)),
+        rows_(s.group() * plan_.chunk),
+        ld_query_(row_length<T>(dim_)),
+        ld_value_(row_length<T>(value_dim_)),
+        ld_query_grad_(row_length<F>(dim_)),
+        ld_row_(row_length<F>(dim_ > value_dim_ ? dim_ : value_dim_)),
+        ld_score_(row_length<F>(keys_)),
+        scratch_(bytes()),
+        query_(scratch_.take<T>(rows_ * ld_query_)),
+        out_grad_(scratch_.take<T>(rows_ * ld_value_)),
+        query_columns_(scratch_.take<T>(P::buffer_size(dim_, rows_))),
+        out_grad_columns_(scratch_.take<T>(P::buffer_size(value_dim_, rows_))),
+        key_(scratch_.take<T>(keys_ * ld_query_)),
+        value_(scratch_.take<T>(keys_ * ld_value_)),
+        key_form_(scratch_.take<T>(P::buffer_size(keys_, dim_))),
+        key_columns_(scratch_.take<T>(P::transposed_size(dim_, keys_))),
+        value_columns_(scratch_.take<T>(P::transposed_size(value_dim_, keys_))),
+        score_form_(scratch_.take<T>(P::buffer_size(plan_.row_block, keys_))),
+        score_(scratch_.take<F>(score_rows() * ld_score_)),
+        score_grad_(scratch_.take<F>(score_rows() * ld_score_)),
+        query_grad_(scratch_.take<F>(rows_ * ld_query_grad_)),
+        key_grad_(scratch_.take<F>(dim_ * ld_score_)),
+        value_grad_(scratch_.take<F>(value_dim_ * ld_score_)),
+        row_(scratch_.take<F>((keys_ > plan_.chunk ? keys_ : plan_.chunk) * ld_row_ * 2)),
+        delta_(scratch_.take<F>(rows_)),
+        bias_(scratch_.take<F>(keys_ + kPhiloxBlock)),
+        factor_(scratch_.take<F>(keys_ + kPhiloxBlock)),
+        dropout_(s, scratch_.take<uint32_t>(Dropout<F>::words(keys_))) {}
+
+  void run(int64_t task) {
+    chunk_ = task % plan_.chunks;
+    const int64_t head = task / plan_.chunks, b = plan_.all_heads ? head : head / s_.key_heads;
+    first_ = chunk_ * plan_.chunk;
+    count_ = s_.queries - first_ < plan_.chunk ? s_.queries - first_ : plan_.chunk;
+    if (plan_.all_heads) {
+      for (int64_t h = 0; h < s_.key_heads; ++h) run_head(b, h);
+    } else {
+      run_head(b, head % s_.key_heads);
+    }
+  }
+
+ private:
+  int64_t score_rows() const { return round_up(plan_.row_block, P::kStep); }
+
+  int64_t bytes() const {
+    const int64_t row_block_keys = P::buffer_size(plan_.row_block, keys_);
+    return Scratch::bytes<T>(rows_ * ld_query_) + Scratch::bytes<T>(rows_ * ld_value_) +
+           Scratch::bytes<T>(P::buffer_size(dim_, rows_)) + Scratch::bytes<T>(P::buffer_size(value_dim_, rows_)) +
+           Scratch::bytes<T>(keys_ * ld_query_) + Scratch::bytes<T>(keys_ * ld_value_) +
+           Scratch::bytes<T>(P::buffer_size(keys_, dim_)) + Scratch::bytes<T>(P::transposed_size(dim_, keys_)) +
+           Scratch::bytes<T>(P::transposed_size(value_dim_, keys_)) + Scratch::bytes<T>(row_block_keys) +
+           2 * Scratch::bytes<F>(score_rows() * ld_score_) + Scratch::bytes<F>(rows_ * ld_query_grad_) +
+           Scratch::bytes<F>(dim_ * ld_score_) + Scratch::bytes<F>(value_dim_ * ld_score_) +
+           Scratch::bytes<F>((keys_ > plan_.chunk ? keys_ : plan_.chunk) * ld_row_ * 2) + Scratch::bytes<F>(rows_) +
+           2 * Scratch::bytes<F>(keys_ + kPhiloxBlock) + Scratch::bytes<uint32_t>(Dropout<F>::words(keys_));
+  }
+
+  void run_head(int64_t b, int64_t key_head) {
+    for (int64_t g = 0; g < s_.group(); ++g) load_queries(b, key_head * s_.group() + g, g * plan_.chunk);
+    std::memset(query_grad_, 0, size_t(rows_ * ld_query_grad_) * sizeof(F));
+    const auto query_columns = P::left_from_columns(query_, ld_query_, rows_, dim_, query_columns_);
+    const auto out_grad_columns = P::left_from_columns(out_grad_, ld_value_, rows_, value_dim_, out_grad_columns_);
+
+    for (int64_t k = 0; k < s_.keys; k += plan_.key_block) {
+      const int64_t count = s_.keys - k < plan_.key_block ? s_.keys - k : plan_.key_block;
+      const KeyBlock block = {k, count, round_up(count, P::kStep)};
+      load_rows(key_, ld_query_, block.padded, dim_, rows_of(s_.key, b, key_head, k, count, s_.dim));
+      load_rows(value_, ld_value_, block.padded, value_dim_, rows_of(s_.value, b, key_head, k, count, s_.value_dim));
+      key_rows_ = P::right_from_rows(key_, ld_query_, block.padded, dim_, key_form_);
+      keys_by_dim_ = P::right_from_columns(key_, ld_query_, block.padded, dim_, key_columns_);
+      values_by_dim_ = P::right_from_columns(value_, ld_value_, block.padded, value_dim_, value_columns_);
+      std::memset(key_grad_, 0, size_t(dim_ * ld_score_) * sizeof(F));
+      std::memset(value_grad_, 0, size_t(value_dim_ * ld_score_) * sizeof(F));
+      for (int64_t g = 0; g < s_.group(); ++g)
+        for (int64_t i = 0; i < count_; i += plan_.row_block)
+          attend(b, key_head * s_.group() + g, i, g * plan_.chunk + i, block, query_columns, out_grad_columns);
+      store_columns(key_grad_, dim_, s_.dim, block, with_part(d_.key, d_.key_part), b, key_head, F(s_.scale));
+      store_columns(value_grad_, value_dim_, s_.value_dim, block, with_part(d_.value, d_.value_part), b, key_head, F(1));
+    }
+    for (int64_t g = 0; g < s_.group(); ++g)
+      store_rows(query_grad_ + g * plan_.chunk * ld_query_grad_, ld_query_grad_,
+                 rows_of(d_.query, b, key_head * s_.group() + g, first_, count_, s_.dim), F(s_.scale));
+  }
+
+  HeadView with_part(HeadView t, int64_t stride) const {
+    t.data = static_cast<char*>(t.data) + chunk_ * stride * size_of(t.dtype);
+    return t;
+  }
+
+  // Queries, the output's gradient, and delta = out . dout of one head of the chunk.
+  void load_queries(int64_t b, int64_t head, int64_t row) {
+    const Rows out_grad = rows_of(d_.out, b, head, first_, count_, s_.value_dim);
+    load_rows(query_ + row * ld_query_, ld_query_, plan_.chunk, dim_, rows_of(s_.query, b, head, first_, count_, s_.dim));
+    load_rows(out_grad_ + row * ld_value_, ld_value_, plan_.chunk, value_dim_, out_grad);
+    F *out = row_, *grad = row_ + plan_.chunk * ld_row_;
+    load_rows(out, ld_row_, count_, value_dim_, rows_of(s_.out, b, head, first_, count_, s_.value_dim));
+    load_rows(grad, ld_row_, count_, value_dim_, out_grad);
+    for (int64_t i = 0; i < count_; ++i) {
+      Vec<F> sum{};
+      for (int64_t j = i * ld_row_; j < i * ld_row_ + value_dim_; j += kLanes<F>) sum = fma(load(out + j), load(grad + j), sum);
+      delta_[row + i] = sum_lanes<F>(sum);
+    }
+  }
+
+  // Queries i.. of the chunk, whose scratch rows start at `row`, over one block of keys.
+  void attend(int64_t b, int64_t head, int64_t i, int64_t row, KeyBlock block, typename P::Left query_columns,
+              typename P::Left out_grad_columns) {
+    const int64_t count = count_ - i < plan_.row_block ? count_ - i : plan_.row_block;
+    if (const int64_t visible = visible_keys(s_, block, first_ + i + count - 1); visible < block.count) {
+      block.count = visible;
+      block.padded = round_up(visible, P::kStep);
+    }
+    const auto query = P::left_from_rows(query_ + row * ld_query_, ld_query_);
+    const auto out_grad = P::left_from_rows(out_grad_ + row * ld_value_, ld_value_);
+    P::multiply(count, block.padded, s_.dim, query, keys_by_dim_, score_, ld_score_, false);
+    P::multiply(count, block.padded, s_.value_dim, out_grad, values_by_dim_, score_grad_, ld_score_, false);
+    for (int64_t r = 0; r < count; ++r)
+      differentiate_row(b, head, i + r, row + r, block, score_ + r * ld_score_, score_grad_ + r * ld_score_);
+
+    const auto weights = P::right_from_scores(score_, ld_score_, count, block.padded, score_form_);
+    P::multiply(s_.value_dim, block.padded, count, out_grad_columns.from_depth(row), weights, value_grad_, ld_score_, true);
+    const auto columns = P::right_from_scores(score_grad_, ld_score_, count, block.padded, score_form_);
+    P::multiply(s_.dim, block.padded, count, query_columns.from_depth(row), columns, key_grad_, ld_score_, true);
+    const auto rows = P::left_from_scores(score_grad_, ld_score_, count, block.padded, score_form_);
+    P::multiply(count, dim_, block.count, rows, key_rows_, query_grad_ + row * ld_query_grad_, ld_query_grad_, true);
+  }
+
+  // scores -> the weights D, gradient of D -> gradient of x, in place.
+  void differentiate_row(int64_t b, int64_t head, int64_t i, int64_t row, const KeyBlock& block, F* score, F* grad) {
+    const int64_t query = first_ + i, position = (b * s_.heads + head) * s_.queries + query;
+    const bool drops = s_.dropout_p > 0;
+    if (s_.mask.data) load_bias(bias_, s_.mask, block, b, head, query);
+    if (drops) dropout_.factors(factor_, block, position);
+    if (d_.weights) {
+      const F* weights = static_cast<const F*>(d_.weights) + (b * s_.queries + query) * s_.keys;
+      for (int64_t j = 0; j < block.count; ++j) grad[j] += weights[j] / F(s_.heads);
+    }
+    if (drops) multiply_row(grad, block.padded, factor_);
+    scale_row(score, block.padded, visible_keys(s_, block, query), F(s_.scale) * kLog2E<F>, s_.mask.data ? bias_ : nullptr);
+
+    const F lse = static_cast<const F*>(s_.lse)[position];
+    const F shift = lse == -kInfinity<F> ? kInfinity<F> : lse * kLog2E<F>;  // nothing seen: P = 0
+    F delta = delta_[row];
+    if (d_.weights) {
+      exp_row(score, block.padded, shift);
+      delta = F(0);
+      for (int64_t j = 0; j < block.count; ++j) delta += score[j] * grad[j];
+      for (int64_t j = 0; j < block.padded; ++j) grad[j] = score[j] * (grad[j] - delta);
+    } else {
+      for (int64_t j = 0; j < block.padded; j += kLanes<F>) {
+        const Vec<F> p = exp2_to_zero<F>(load(score + j) - broadcast(shift));
+        store<F>(score + j, p);
+        store<F>(grad + j, p * (load(grad + j) - broadcast(delta)));
+      }
+    }
+    if (d_.mask) store_mask_grad(b, head, query, block, grad);
+    if (drops) multiply_row(score, block.padded, factor_);
+  }
+
+  void store_mask_grad(int64_t b, int64_t head, int64_t query, const KeyBlock& block, const F* grad) const {
+    const int64_t rows = d_.mask_has_queries ? s_.queries : plan_.chunks, columns = d_.mask_has_keys ? s_.keys : 1;
+    const int64_t row = (b * s_.heads + head) * rows + (d_.mask_has_queries ? query : chunk_);
+    F* to = static_cast<F*>(d_.mask) + row * columns;  // zeroed by the caller: rows and keys that share an element add up
+    if (d_.mask_has_keys) {
+      for (int64_t j = 0; j < block.count; ++j) to[block.first + j] += grad[j];
+    } else {
+      for (int64_t j = 0; j < block.count; ++j) *to += grad[j];
+    }
+  }
+
+  // src[feature][key] of the block into the gradient of keys or values.
+  void store_columns(const F* src, int64_t padded_dim, int64_t dim, const KeyBlock& block, const HeadView& target, int64_t b,
+                     int64_t key_head, F factor) {
+    transpose_rows(row_, ld_row_, src, ld_score_, padded_dim, block.padded);
+    store_rows(row_, ld_row_, rows_of(target, b, key_head, block.first, block.count, dim), factor);
+  }
+
+  const CrossAttention& s_;
+  const CrossAttentionGradients& d_;
+  const AttentionPlan plan_;
+  const int64_t dim_, value_dim_, keys_, rows_, ld_query_, ld_value_, ld_query_grad_, ld_row_, ld_score_;
+  Scratch scratch_;
+  T *query_, *out_grad_, *query_columns_, *out_grad_columns_, *key_, *value_, *key_form_, *key_columns_, *value_columns_,
+      *score_form_;
+  F *score_, *score_grad_, *query_grad_, *key_grad_, *value_grad_, *row_, *delta_, *bias_, *factor_;
+  Dropout<F> dropout_;
+  typename P::Right key_rows_{}, keys_by_dim_{}, values_by_dim_{};
+  int64_t chunk_ = 0, first_ = 0, count_ = 0;  // the chunk's queries
+};
+
+template <class P>
+void backward(const CrossAttention& s, const CrossAttentionGradients& d, int64_t begin, int64_t end) {
+  [[maybe_unused]] const typename P::Session session;
+  Backward<P> run(s, d);
+  for (int64_t task = begin; task < end; ++task) run.run(task);
+}
+
+}  // namespace
+
+int64_t cross_attention_backward_parts(const CrossAttention& s, bool weights) {
+  return s.is_double ? backward_plan<Dense<double>>(s, weights).chunks : backward_plan<Dense<float>>(s, weights).chunks;
+}
+
+int64_t cross_attention_backward_tasks(const CrossAttention& s, bool weights) {
+  return s.is_double ? backward_plan<Dense<double>>(s, weights).tasks(s) : backward_plan<Dense<float>>(s, weights).tasks(s);
+}
+
+void cross_attention_backward(const CrossAttention& s, const CrossAttentionGradients& d, int64_t begin, int64_t end) {
+  s.is_double ? backward<Dense<double>>(s, d, begin, end) : backward<Dense<float>>(s, d, begin, end);
+}
+
+}  // namespace iumad::IUMAD_ISA

@@ -1,0 +1,89 @@
+// Rows of a strided tensor to and from dense, zero-padded scratch: dst[row][column], rows `ld` apart.
+#pragma once
+
+#include "convert.h"
+
+namespace iumad::IUMAD_ISA {
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Elements between two rows of n elements: whole cache lines, and no power of two of them, which would put a column of a block
+// into a few cache sets.
+template <class T>
+inline int64_t row_length(int64_t n) {
+  constexpr int64_t line = 64 / int64_t(sizeof(T));
+  const int64_t lines = (n + line - 1) / line;
+  return (lines % 8 == 0 && lines > 0 ? lines + 1 : lines) * line;
+}
+
+// A matrix somewhere in a tensor; strides in elements.
+struct Rows {
+  void* data;
+  DType dtype;
+  int64_t rows, columns, row_stride, column_stride;
+};
+
+// Fills dst[padded_rows][padded_columns]; what lies outside the source becomes 0. T is the compute type, or BFloat16 for
+// bfloat16 sources.
+template <class T>
+inline void load_rows(T* dst, int64_t ld, int64_t padded_rows, int64_t padded_columns, const Rows& source) {
+  using F = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  visit<F>(source.dtype, source.data, [&](auto* p) {
+    using S = std::remove_pointer_t<decltype(p)>;
+    for (int64_t i = 0; i < source.rows; ++i) {
+      const S* from = p + i * source.row_stride;
+      T* to = dst + i * ld;
+      int64_t j = 0;
+      if (source.column_stride == 1) {
+        if constexpr (std::is_same_v<S, T>) {
+          std::memcpy(to, from, size_t(source.columns) * sizeof(T));
+          j = source.columns;
+        } else if constexpr (std::is_same_v<T, F>) {
+          for (; j + kLanes<F> <= source.columns; j += kLanes<F>) store<F>(to + j, load_lanes(from + j));
+        }
+      }
+      for (; j < source.columns; ++j) {
+        if constexpr (std::is_same_v<S, T>) {
+          to[j] = from[j * source.column_stride];
+        } else {
+          to[j] = from_compute<T>(to_compute(from[j * source.column_stride]));
+        }
+      }
+      std::memset(static_cast<void*>(to + j), 0, size_t(padded_columns - j) * sizeof(T));
+    }
+    for (int64_t i = source.rows; i < padded_rows; ++i)
+      std::memset(static_cast<void*>(dst + i * ld), 0, size_t(padded_columns) * sizeof(T));
+  });
+}
+
+// target[i][j] = factor * src[i][j].
+template <class F>
+inline void store_rows(const F* src, int64_t ld, const Rows& target, F factor) {
+  visit<F>(target.dtype, target.data, [&](auto* p) {
+    using T = std::remove_pointer_t<decltype(p)>;
+    for (int64_t i = 0; i < target.rows; ++i) {
+      const F* from = src + i * ld;
+      T* to = p + i * target.row_stride;
+      int64_t j = 0;
+      if (target.column_stride == 1)
+        for (; j + kLanes<F> <= target.columns; j += kLanes<F>) store_lanes(to + j, load(from + j) * broadcast(factor));
+      for (; j < target.columns; ++j) to[j * target.column_stride] = from_compute<T>(factor * from[j]);
+    }
+  });
+}
+
+// dst[j][i] = src[i][j] for rows x columns values, both multiples of the lanes of F (32-bit or 64-bit units, moved untouched).
+template <class F>
+inline void transpose_rows(F* dst, int64_t ld_dst, const F* src, int64_t ld_src, int64_t rows, int64_t columns) {
+  constexpr int V = kLanes<F>;
+  for (int64_t i = 0; i < rows; i += V) {
+    for (int64_t j = 0; j < columns; j += V) {
+      Vec<F> block[V];
+      for (int k = 0; k < V; ++k) block[k] = load(src + (i + k) * ld_src + j);
+      transpose<F>(block);
+      for (int k = 0; k < V; ++k) store<F>(dst + (j + k) * ld_dst + i, block[k]);
+    }
+  }
+}
+
+}  // namespace iumad::IUMAD_ISA

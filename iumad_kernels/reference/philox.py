@@ -46,7 +46,8 @@ def dropout_keep(
     """Which elements of an array of this shape survive dropout (bool).
 
     Rows (the last dimension) start at multiples of 64 words: element (row, column) draws word
-    ``row * roundup(columns, 64) + column``, rows counted in row-major order, and survives if the word is at least ``floor(p * 2^32)``.
+    ``row * roundup(columns, 64) + column``, rows counted in row-major order, and survives if the word is at least
+    ``floor(p * 2^32)``.
     """
     *leading, columns = shape
     rows = 1

@@ -7,26 +7,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from iumad.metrics.pro import aupro_exact, aupro_thresholded, region_ids
+from iumad.metrics.pro import aupro_exact, aupro_thresholded, region_sizes
 from iumad.metrics.ranking import Ranking, as_numpy, checked_labels, checked_scores
 
 LIMITS = (0.30, 0.10, 0.05, 0.01)
 
-_SMALLEST_BLOCK = 1 << 16
-_LARGEST_BLOCK = 1 << 24
+_SMALLEST_RUN = 1 << 20
 
 
 class PixelMetrics:
     """AUROC, AP, best F1 and AUPRO over all pixels of all images given to `update`.
 
-    State: the background scores as float32 (4 bytes a pixel) and the scores of every defect region. Scores
+    State: the background scores as float32 (4 bytes a pixel), score and region size of every defect pixel. Scores
     are only ranked, never transformed; float64 maps are rounded to float32. A region is an 8-connected
     component of one mask; everything outside the regions is background, also in defective images.
     """
 
     def __init__(self) -> None:
         self._background = _Values()
-        self._regions: list[NDArray[np.float32]] = []
+        self._defects: list[tuple[NDArray[np.float32], NDArray[np.float64]]] = []
+        self._region_count = 0
 
     def update(self, score_map: ArrayLike, mask: ArrayLike) -> PixelMetrics:
         """Add one image (H, W) or a batch (N, H, W) of score maps with its masks (above 0: defect).
@@ -52,16 +52,16 @@ class PixelMetrics:
             self._background.append(image.ravel())
             return
         self._background.append(image[~defect])
-        ids = region_ids(defect)[defect]
-        order = np.argsort(ids, kind="stable")
-        sizes = np.bincount(ids)[1:]
-        self._regions += np.split(image[defect][order], np.cumsum(sizes)[:-1])
+        sizes, count = region_sizes(defect)
+        self._defects.append((np.asarray(image[defect], dtype=np.float32), 1.0 / sizes))
+        self._region_count += count
 
     def merge(self, other: PixelMetrics) -> PixelMetrics:
         """Add everything ``other`` has seen, as if its images had been given to this object."""
-        for block in other._background.blocks():
-            self._background.append(block)
-        self._regions += other._regions
+        for run in other._background.runs():
+            self._background.append(run)
+        self._defects += other._defects
+        self._region_count += other._region_count
         return self
 
     def compute(self) -> dict[str, float]:
@@ -88,16 +88,15 @@ class PixelMetrics:
         return aupro_exact(ranking, weights, limit)
 
     def _ranked(self) -> tuple[Ranking, NDArray[np.float64]]:
-        background = self._background.sorted()
-        if not self._regions:
-            if not len(background):
+        background = self._background.sorted_runs()
+        if not self._defects:
+            if not background:
                 raise ValueError("no image was given: call update(score_map, mask) before compute()")
             return Ranking(np.empty(0, np.float32), background), np.empty(0)
-        scores = np.concatenate(self._regions)
-        sizes = np.array([len(region) for region in self._regions])
-        weights = np.repeat(1.0 / (sizes * len(sizes)), sizes)
-        order = np.argsort(scores, kind="stable")
-        return Ranking(scores[order], background), weights[order]
+        scores = np.concatenate([scores for scores, _ in self._defects])
+        weights = np.concatenate([weights for _, weights in self._defects])
+        order = np.argsort(scores)
+        return Ranking(scores[order], background), weights[order] / self._region_count
 
 
 def aupro(score_maps: ArrayLike, masks: ArrayLike, limit: float = 0.3) -> float:
@@ -112,45 +111,38 @@ def aupro_100(score_maps: ArrayLike, masks: ArrayLike, limit: float = 0.3) -> fl
 
 
 class _Values:
-    """A growing multiset of float32 values that can be sorted holding hardly more than 4 bytes a value.
+    """A growing multiset of float32 values, sorted in place: 4 bytes a value, also while sorting.
 
-    Blocks double up to 64 MiB. Sorting moves them one by one into a single array and frees each at once.
+    It is a list of runs, each four times as long as the one before: few of them, and none is ever copied.
     """
 
     def __init__(self) -> None:
-        self._blocks: list[NDArray[np.float32]] = []
-        self._free = 0  # unused places at the end of the last block
+        self._runs: list[NDArray[np.float32]] = []
+        self._free = 0  # unused places at the end of the last run
         self._is_sorted = True
 
     def append(self, values: NDArray[np.floating[Any]]) -> None:
-        self._is_sorted = False
         while len(values):
             if not self._free:
-                last = len(self._blocks[-1]) if self._blocks else 0
-                self._free = min(max(2 * last, _SMALLEST_BLOCK), _LARGEST_BLOCK)
-                self._blocks.append(np.empty(self._free, dtype=np.float32))
+                self._free = 4 * len(self._runs[-1]) if self._runs else _SMALLEST_RUN
+                self._runs.append(np.empty(self._free, dtype=np.float32))
             taken = min(self._free, len(values))
-            block = self._blocks[-1]
-            start = len(block) - self._free
-            block[start : start + taken] = values[:taken]
+            run = self._runs[-1]
+            start = len(run) - self._free
+            run[start : start + taken] = values[:taken]
             self._free -= taken
             values = values[taken:]
+            self._is_sorted = False
 
-    def blocks(self) -> list[NDArray[np.float32]]:
+    def runs(self) -> list[NDArray[np.float32]]:
         if not self._free:
-            return list(self._blocks)
-        return [*self._blocks[:-1], self._blocks[-1][: -self._free]]
+            return list(self._runs)
+        return [*self._runs[:-1], self._runs[-1][: -self._free]]
 
-    def sorted(self) -> NDArray[np.float32]:
-        if not self._is_sorted or len(self._blocks) > 1 or self._free:
-            filled = self.blocks()
-            self._blocks = []
-            merged = np.empty(sum(map(len, filled)), dtype=np.float32)
-            end = len(merged)
-            while filled:
-                block = filled.pop()
-                merged[end - len(block) : end] = block
-                end -= len(block)
-            merged.sort()
-            self._blocks, self._free, self._is_sorted = [merged], 0, True
-        return self._blocks[0] if self._blocks else np.empty(0, dtype=np.float32)
+    def sorted_runs(self) -> list[NDArray[np.float32]]:
+        runs = self.runs()
+        if not self._is_sorted:
+            for run in runs:
+                run.sort()
+            self._is_sorted = True
+        return runs

@@ -6,6 +6,7 @@ no score is transformed, so every value is unchanged by a strictly increasing ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,28 +14,51 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+Scores = NDArray[np.floating[Any]]
+
 
 @dataclass(frozen=True)
 class Ranking:
-    """Sorted scores of positives and negatives; every metric is NaN if one of the two is empty."""
+    """Sorted positives, and negatives as any number of sorted runs, over which ranks add up.
 
-    positives: NDArray[np.floating[Any]]
-    negatives: NDArray[np.floating[Any]]
+    Every metric is NaN if there are no positives or no negatives.
+    """
+
+    positives: Scores
+    negatives: Sequence[Scores]
+
+    @cached_property
+    def negative_count(self) -> int:
+        """Number of negatives in all runs."""
+        return sum(len(run) for run in self.negatives)
 
     @cached_property
     def below(self) -> NDArray[np.int64]:
         """For each positive, the number of negatives with a smaller score."""
-        return np.searchsorted(self.negatives, self.positives, side="left")
+        return self._counts[0]
 
     @cached_property
     def not_above(self) -> NDArray[np.int64]:
         """For each positive, the number of negatives with a smaller or equal score."""
-        return np.searchsorted(self.negatives, self.positives, side="right")
+        return self._counts[1]
+
+    @cached_property
+    def _counts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        below = np.zeros(len(self.positives), dtype=np.int64)
+        not_above = below.copy()
+        for run in filter(len, self.negatives):
+            left = np.searchsorted(run, self.positives, side="left")
+            below += left
+            not_above += left
+            # Ties are rare; only they need the second search.
+            tied = np.flatnonzero(run[np.minimum(left, len(run) - 1)] == self.positives)
+            not_above[tied] += np.searchsorted(run, self.positives[tied], side="right") - left[tied]
+        return below, not_above
 
     @property
     def is_degenerate(self) -> bool:
         """Whether there is nothing to separate."""
-        return len(self.positives) == 0 or len(self.negatives) == 0
+        return len(self.positives) == 0 or self.negative_count == 0
 
     def auroc(self) -> float:
         """Area under the ROC curve: mean mid-rank of the positives among the negatives."""
@@ -42,7 +66,7 @@ class Ranking:
             return float("nan")
         # An integer sum is exact, whatever the number of pixels.
         doubled = int(self.below.sum()) + int(self.not_above.sum())
-        return doubled / (2 * len(self.positives) * len(self.negatives))
+        return doubled / (2 * len(self.positives) * self.negative_count)
 
     def average_precision(self) -> float:
         """Sum of recall steps times precision (step-wise, no interpolation), over distinct scores."""
@@ -65,7 +89,7 @@ class Ranking:
     def _confusion(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """True and false positives of "score >= s" for each distinct score s of a positive, s ascending."""
         first = np.flatnonzero(np.diff(self.positives, prepend=np.nan) != 0)
-        return len(self.positives) - first, len(self.negatives) - self.below[first]
+        return len(self.positives) - first, self.negative_count - self.below[first]
 
 
 def rank(scores: ArrayLike, labels: ArrayLike) -> Ranking:
@@ -75,7 +99,7 @@ def rank(scores: ArrayLike, labels: ArrayLike) -> Ranking:
         raise ValueError(
             f"scores have {values.size} values but labels {positive.size}, expected equal numbers"
         )
-    return Ranking(np.sort(values[positive]), np.sort(values[~positive]))
+    return Ranking(np.sort(values[positive]), [np.sort(values[~positive])])
 
 
 def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
@@ -100,7 +124,9 @@ def checked_scores(scores: ArrayLike) -> NDArray[np.floating[Any]]:
         raise TypeError(f"scores are {values.dtype}, expected numbers")
     if values.dtype.kind != "f":
         values = values.astype(np.float64)
-    if not np.isfinite(values).all():
+    with np.errstate(all="ignore"):
+        total = values.sum()  # one cheap pass: NaN and infinities survive in it
+    if not np.isfinite(total) and not np.isfinite(values).all():
         bad = int(values.size - np.isfinite(values).sum())
         raise ValueError(
             f"scores hold {bad} NaN or infinite of {values.size} values, expected finite numbers"

@@ -70,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     _machine(predict)
 
     report = _add(commands, "report", "write report.html of a run and print its tables")
-    report.add_argument("run", nargs="+", metavar="DIR", help="run directory; several with --compare")
+    report.add_argument("run", nargs="*", metavar="DIR", help="run directory; any number with --compare")
     report.add_argument("--compare", choices=["paper"], help="print the paper's tables beside the runs")
 
     data = commands.add_parser("data", help="look at data sets", description="Look at data sets.")

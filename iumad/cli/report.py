@@ -18,8 +18,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         from iumad.report.compare import compare_with_paper
 
         return compare_with_paper([view for root in roots for view in load_runs(root)])
-    if len(roots) > 1:
-        raise ValueError("several run directories are for --compare; give one to write its report")
+    if len(roots) != 1:
+        raise ValueError(f"{len(roots)} run directories given, expected one (any number with --compare)")
     views = load_runs(roots[0])
     write_report(views, roots[0] / "report.html")
     return result_of(views, roots[0])

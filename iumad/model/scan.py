@@ -1,7 +1,7 @@
 """Efficient 2-D selective scan (ES2D) of EfficientVMamba, the heart of the Mamba block (paper.md 2.3).
 
-The grid is split into four interleaved sub-grids by the parity of row and column. Each is scanned once, in its
-own direction and with its own parameters, so every cell is read once instead of four times.
+The grid is split into four interleaved sub-grids by the parity of row and column. Each is scanned once, in
+its own direction and with its own parameters, so every cell is read once instead of four times.
 
 Shapes: B batch, H x W grid, D inner channels, K = 4 sub-grids, N states per channel, R rank of the step size.
 """
@@ -56,7 +56,8 @@ class ES2D(nn.Module):
 def project_subgrids(x_BHWD: Tensor, weight_KDP: Tensor) -> Tensor:
     """Linear map of every cell by the weight of its own sub-grid; (B, H, W, D) to (B, H, W, P).
 
-    K counts sub-grids (row parity, column parity) as `selective_scan_2d` does: (0, 0), (1, 0), (0, 1), (1, 1).
+    K counts sub-grids (row parity, column parity) as `selective_scan_2d` does: (0, 0), (1, 0), (0, 1), (1,
+    1).
     """
     height, width = x_BHWD.shape[1:3]
     if height % 2 or width % 2:

@@ -89,15 +89,13 @@ def percent(value: float | None) -> str:
     return "0.0" if text == "-0.0" else text
 
 
-def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A plain table: first column left-aligned, the others right-aligned."""
+def aligned(head: Sequence[str], body: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A plain table: the first ``left`` columns left-aligned, the others right-aligned."""
     widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
     lines = []
     for line in (head, *body):
-        cells = [
-            line[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
-        ]
+        padded = zip(line, widths, strict=True)
+        cells = [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(padded)]
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)

@@ -295,8 +295,6 @@ def apply_overrides(config: Config, assignments: Iterable[str]) -> Config:
 
 
 def _parse(text: str) -> Any:
-    if text.lower() == "none":
-        return None
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -92,13 +92,18 @@ def _plain(value: Any) -> Any:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """JSON/TOML types to field types: tables to sections, arrays to tuples, whole numbers to floats."""
+    """JSON/TOML types to field types: tables to sections, arrays to tuples, whole numbers to floats.
+
+    TOML has no null: the word `none` stands for it in fields that may be None.
+    """
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if isinstance(hint, type) and issubclass(hint, Section):
         return hint.from_dict(value)
     if get_origin(hint) is tuple and isinstance(value, list):
         return tuple(_convert(item, get_args(hint)[0]) for item in value)
+    if value == "none" and type(None) in get_args(hint):
+        return None
     return float(value) if hint is float and type(value) is int else value
 
 

@@ -56,7 +56,11 @@ def trees(tmp_path_factory):
             folder = root / "mvtec" / name / kind
             save(folder / "rgb" / "000.png", rng.integers(0, 255, (40, 40, 3), dtype=np.uint8))
             (folder / "xyz").mkdir()
-            tifffile.imwrite(folder / "xyz" / "000.tiff", rng.normal(size=(40, 40, 3)).astype(np.float32))
+            tifffile.imwrite(
+                folder / "xyz" / "000.tiff",
+                rng.normal(size=(40, 40, 3)).astype(np.float32),
+                photometric="rgb",
+            )
             if kind.startswith("test"):
                 save(folder / "gt" / "000.png", mask if kind.endswith("hole") else np.zeros_like(mask))
     for name in classes["eyecandies"]:

@@ -81,6 +81,7 @@ def test_overrides():
     assert config.data.dataset == "folder:/x=y"
     assert config.backbone.weights_path == "a b.pth"
     assert apply_overrides(config, ["backbone.weights_path=none"]).backbone.weights_path is None
+    assert apply_overrides(config, ["model.condition=none"]).model.condition == "none"
 
 
 @pytest.mark.parametrize(

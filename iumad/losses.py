@@ -20,39 +20,50 @@ def objective(
 
     labels: (B) int64, indices into all classes. classes: sorted indices of the classes that compete in every
     softmax, from `competing_classes`; None = all.
-    Terms: rgb_class, depth_class, fusion, bottleneck, bottleneck_class, reconstruction.
+    Terms: rgb_class, depth_class, fusion, reconstruction, bottleneck, bottleneck_class.
     """
+    targets = labels if classes is None else torch.searchsorted(classes, labels)
+    weighted: list[Tensor] = []
+    terms: dict[str, Tensor] = {}
 
     def select(logits: Tensor) -> Tensor:
         return (logits if classes is None else logits[:, classes]).float()
 
-    targets = labels if classes is None else torch.searchsorted(classes, labels)
-    weights = {"rgb": config.rgb_class, "depth": config.depth_class}
-    terms: dict[str, tuple[float, Tensor]] = {}
+    def add(name: str, weight: float, term: Tensor) -> None:
+        weighted.append(weight * term)
+        terms[name] = term.detach()
+
+    class_weight = {"rgb": config.rgb_class, "depth": config.depth_class}
     for modality, logits in output.class_logits.items():
-        if weights[modality] > 0:
-            terms[f"{modality}_class"] = weights[modality], F.cross_entropy(select(logits), targets)
+        if class_weight[modality] > 0:
+            add(f"{modality}_class", class_weight[modality], F.cross_entropy(select(logits), targets))
     if config.fusion > 0:
-        terms["fusion"] = config.fusion, F.mse_loss(output.reconstruction.float(), output.reference.float())
-    if output.fused_logits is not None and output.bottleneck_logits is not None:
-        _, parts = ops.kl_bottleneck(
-            select(output.fused_logits),
-            select(output.bottleneck_logits),
-            targets,
-            detach_teacher=config.detach_teacher,
-        )
-        if config.bottleneck > 0:
-            terms["bottleneck"] = config.bottleneck, parts["kl"]
-        if config.bottleneck_class > 0:
-            terms["bottleneck_class"] = config.bottleneck_class, parts["ce"]
+        add("fusion", config.fusion, _squared_error(output.reconstruction, output.reference))
     if config.reconstruction > 0:
         errors = [
-            F.mse_loss(branch.float(), output.branch_reference[modality].float())
+            _squared_error(branch, output.branch_reference[modality])
             for modality, branch in output.branch_reconstruction.items()
         ]
-        terms["reconstruction"] = config.reconstruction, torch.stack(errors).sum()
-    total = torch.stack([weight * term for weight, term in terms.values()]).sum()
-    return total, {name: term.detach() for name, (_, term) in terms.items()}
+        add("reconstruction", config.reconstruction, torch.stack(errors).sum())
+    heads = output.fused_logits, output.bottleneck_logits
+    if heads[0] is not None and heads[1] is not None and config.bottleneck + config.bottleneck_class > 0:
+        loss = ops.kl_bottleneck(
+            select(heads[0]),
+            select(heads[1]),
+            targets,
+            kl_weight=config.bottleneck,
+            ce_weight=config.bottleneck_class,
+            detach_teacher=config.detach_teacher,
+        )
+        weighted.append(loss.total)
+        terms["bottleneck"] = loss.kl.detach()
+        terms["bottleneck_class"] = (loss.fused_ce + loss.bottleneck_ce).detach()
+    return torch.stack(weighted).sum(), terms
+
+
+def _squared_error(reconstruction: Tensor, reference: Tensor) -> Tensor:
+    """E11: mean over all elements, in float32 under autocast too."""
+    return F.mse_loss(reconstruction.float(), reference.float())
 
 
 def competing_classes(config: LossConfig, seen: list[int], current: list[int]) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,24 +31,30 @@ def depthwise_conv2d(
     return F.silu(y) if activation == "silu" else y
 
 
+class KLBottleneck(NamedTuple):
+    """Loss and its parts, scalars."""
+
+    total: Tensor
+    kl: Tensor
+    fused_ce: Tensor
+    bottleneck_ce: Tensor
+
+
 def kl_bottleneck(
     fused_logits: Tensor,
     bottleneck_logits: Tensor,
-    labels: Tensor | None = None,
+    labels: Tensor,
     *,
     kl_weight: float = 1.0,
     ce_weight: float = 1.0,
     detach_teacher: bool = True,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """KL[P(Y|fused) || P(Y|bottleneck)] and, with labels, the cross-entropy of both heads."""
+) -> KLBottleneck:
+    """KL[P(Y|fused) || P(Y|bottleneck)] and the cross-entropy of both heads."""
     teacher = fused_logits.detach() if detach_teacher else fused_logits
     log_teacher, log_student = teacher.log_softmax(-1), bottleneck_logits.log_softmax(-1)
-    parts = {"kl": F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)}
-    total = kl_weight * parts["kl"]
-    if labels is not None:
-        parts["ce"] = F.cross_entropy(fused_logits, labels) + F.cross_entropy(bottleneck_logits, labels)
-        total = total + ce_weight * parts["ce"]
-    return total, parts
+    kl = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    fused_ce, ce = F.cross_entropy(fused_logits, labels), F.cross_entropy(bottleneck_logits, labels)
+    return KLBottleneck(kl_weight * kl + ce_weight * (fused_ce + ce), kl, fused_ce, ce)
 
 
 def anomaly_map(features: Tensor, reference: Tensor, size: int, *, pool: int = 16) -> tuple[Tensor, Tensor]:

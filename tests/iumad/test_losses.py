@@ -77,6 +77,13 @@ def test_terms_of_weight_zero_are_left_out():
     assert set(terms) == {"rgb_class", "fusion"}
 
 
+@pytest.mark.parametrize("name", ["bottleneck", "bottleneck_class"])
+def test_bottleneck_terms_are_independent(name):
+    """A weight of zero takes its term out of the total."""
+    total, terms = objective(output(), LABELS, LossConfig(**{name: 0.0}))
+    assert total.item() == pytest.approx(sum(v.item() for key, v in terms.items() if key != name))
+
+
 def test_models_without_heads():
     bare = output(class_logits={}, fused_logits=None, bottleneck_logits=None)
     total, terms = objective(bare, LABELS, LossConfig())

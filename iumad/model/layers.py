@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from einops import rearrange
 from torch import Tensor, nn
 
-from iumad.model import ops
+from iumad_kernels import cross_attention
 
 
 class Attention(nn.Module):
@@ -30,7 +30,7 @@ class Attention(nn.Module):
             for project, x in ((self.query, query_BLD), (self.key, key_BLD), (self.value, value_BLD))
         )
         dropout = self.dropout if self.training else 0.0
-        mixed_BHLE = ops.cross_attention(q_BHLE, k_BHLE, v_BHLE, mask, dropout)
+        mixed_BHLE = cross_attention(q_BHLE, k_BHLE, v_BHLE, mask, dropout)
         return self.out(rearrange(mixed_BHLE, "b h l e -> b l (h e)"))
 
 

@@ -9,13 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def cross_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0
-) -> Tensor:
-    """Scaled dot-product attention of (B, H, L, E) tensors."""
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p)
-
-
 def depthwise_conv2d(
     x: Tensor,
     weight: Tensor,

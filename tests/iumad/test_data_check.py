@@ -146,6 +146,10 @@ def plant_twice(tree):
     shutil.copy(tree / "gear/train/good/rgb/000.png", tree / "gear/train/good/rgb/001.png")
 
 
+def plant_twice_in_test(tree):
+    shutil.copy(tree / "gear/test/dent/rgb/000.png", tree / "gear/test/bump/rgb/000.png")
+
+
 def plant_no_defects(tree):
     for folder in (tree / "gear/test").iterdir():
         if folder.name != "good":
@@ -183,6 +187,7 @@ def plant_rgb_only_class(tree):
 
 WARNINGS = [
     (plant_twice, "same image twice"),
+    (plant_twice_in_test, "same image twice"),
     (plant_no_defects, "no defects"),
     (plant_no_good_test, "no good test images"),
     (plant_little_depth, "little depth"),

@@ -175,6 +175,10 @@ def test_official_toy_set():
 def test_hundred_thresholds_is_the_literature_estimator():
     scores, masks = random_set(seed=3)
     np.testing.assert_allclose(aupro_100(scores, masks), brute_aupro_100(scores, masks), **TOLERANCE)
+    # Up to 1 the thresholds below zero count as well.
+    np.testing.assert_allclose(
+        aupro_100(scores, masks, 1.0), brute_aupro_100(scores, masks, 1.0), rtol=0, atol=1e-12
+    )
     coarse = np.round(scores * 2)  # ties, where it differs from the exact value
     np.testing.assert_allclose(aupro_100(coarse, masks), brute_aupro_100(coarse, masks), **TOLERANCE)
     assert abs(aupro_100(coarse, masks) - aupro(coarse, masks)) > 0.01

@@ -16,15 +16,16 @@ inline int unit_step(const int64_t* offset, int64_t count) {
   return int(step);
 }
 
-// dst[i][lane] = data[offset[i] + lane * channel_stride]; lanes from `lanes` on become 0.
+// dst[i][lane] = data[offset[i] + lane * channel_stride]; lanes from `lanes` on become 0. `step` is unit_step(offset, count).
 template <class F>
-inline void load_block(F* dst, void* data, DType dtype, const int64_t* offset, int64_t count, int64_t channel_stride, int lanes) {
+inline void load_block(F* dst, void* data, DType dtype, const int64_t* offset, int64_t count, int64_t channel_stride, int lanes,
+                       int step) {
   constexpr int V = kLanes<F>;
   visit<F>(dtype, data, [&](auto* p) {
     int64_t i = 0;
     if (lanes == V && channel_stride == 1) {
       for (; i < count; ++i) store<F>(dst + i * V, load_lanes(p + offset[i]));
-    } else if (const int step = lanes == V ? unit_step(offset, count) : 0; step != 0) {
+    } else if (lanes == V && step != 0) {
       for (; i + V <= count; i += V) {  // channels are rows in memory: read them whole and transpose
         const auto* first = p + (step > 0 ? offset[i] : offset[i + V - 1]);
         Vec<F> row[V];
@@ -39,11 +40,15 @@ inline void load_block(F* dst, void* data, DType dtype, const int64_t* offset, i
     }
   });
 }
+template <class F>
+inline void load_block(F* dst, void* data, DType dtype, const int64_t* offset, int64_t count, int64_t channel_stride, int lanes) {
+  load_block<F>(dst, data, dtype, offset, count, channel_stride, lanes, unit_step(offset, count));
+}
 
 // data[offset[i] + lane * channel_stride] = src[i][lane] (or += where `accumulate`).
 template <class F>
 inline void store_block(const F* src, void* data, DType dtype, const int64_t* offset, int64_t count, int64_t channel_stride,
-                        int lanes, bool accumulate = false) {
+                        int lanes, bool accumulate, int step) {
   constexpr int V = kLanes<F>;
   visit<F>(dtype, data, [&](auto* p) {
     using T = std::remove_reference_t<decltype(*p)>;
@@ -54,23 +59,30 @@ inline void store_block(const F* src, void* data, DType dtype, const int64_t* of
         if (accumulate) v += load_lanes(p + offset[i]);
         store_lanes(p + offset[i], v);
       }
-    } else if (const int step = lanes == V && !accumulate ? unit_step(offset, count) : 0; step != 0) {
+    } else if (lanes == V && step != 0) {
       for (; i + V <= count; i += V) {
         auto* first = p + (step > 0 ? offset[i] : offset[i + V - 1]);
         Vec<F> row[V];
         for (int j = 0; j < V; ++j) row[step > 0 ? j : V - 1 - j] = load(src + (i + j) * V);
         transpose<F>(row);
-        for (int lane = 0; lane < V; ++lane) store_lanes(first + lane * channel_stride, row[lane]);
+        for (int lane = 0; lane < V; ++lane) {
+          T* q = first + lane * channel_stride;
+          store_lanes(q, accumulate ? row[lane] + load_lanes(q) : row[lane]);
+        }
       }
     }
     for (; i < count; ++i) {
       for (int lane = 0; lane < lanes; ++lane) {
         T* q = p + offset[i] + lane * channel_stride;
-        const F old = accumulate ? F(to_compute(*q)) : F(0);
-        *q = from_compute<T>(accumulate ? old + src[i * V + lane] : src[i * V + lane]);
+        *q = from_compute<T>(accumulate ? F(to_compute(*q)) + src[i * V + lane] : src[i * V + lane]);
       }
     }
   });
+}
+template <class F>
+inline void store_block(const F* src, void* data, DType dtype, const int64_t* offset, int64_t count, int64_t channel_stride,
+                        int lanes, bool accumulate = false) {
+  store_block<F>(src, data, dtype, offset, count, channel_stride, lanes, accumulate, unit_step(offset, count));
 }
 
 }  // namespace iumad::IUMAD_ISA

@@ -36,18 +36,18 @@ template <int kStates, class F, class BAt, class CAt>
 inline void scan_tile(const F* A, F* h, const F* dt, const F* dtu, F* y, int count, const BAt& B, const CAt& C, int64_t first) {
   constexpr int V = kLanes<F>;
   Vec<F> state[kStates];
-  for (int n = 0; n < kStates; ++n) state[n] = load(h + (first + n) * V);
+  IUMAD_UNROLL for (int n = 0; n < kStates; ++n) state[n] = load(h + (first + n) * V);
   for (int t = 0; t < count; ++t) {
     const Vec<F> step = load(dt + t * V), input = load(dtu + t * V);
     Vec<F> sum = load(y + t * V), sum_odd{};
-    for (int n = 0; n < kStates; ++n) {
+    IUMAD_UNROLL for (int n = 0; n < kStates; ++n) {
       const Vec<F> decay = exp2_product<F>(step, load(A + (first + n) * V));
       state[n] = fma(decay, state[n], input * B(t, first + n));
       (n % 2 ? sum_odd : sum) = fma(state[n], C(t, first + n), n % 2 ? sum_odd : sum);
     }
     store<F>(y + t * V, sum + sum_odd);
   }
-  for (int n = 0; n < kStates; ++n) store<F>(h + (first + n) * V, state[n]);
+  IUMAD_UNROLL for (int n = 0; n < kStates; ++n) store<F>(h + (first + n) * V, state[n]);
 }
 
 template <class F, bool kConstantB, bool kConstantC>
@@ -71,27 +71,21 @@ void scan_direction(const SelectiveScan& s, int64_t k, const ChannelBlock& b, Fo
     }
   }
 
-  const Vec<F> skip = load_channels<F>(s.D, s, k, b);
-  F* tile_states = static_cast<F*>(s.tile_states);
+  const Vec<F> skip = load_channels<F>(s.D, s, k, b), bias = load_channels<F>(s.delta_bias, s, k, b);
   for (int64_t first = 0; first < direction.length; first += kTile) {
     const TokenTile tile(direction, first);
-    if (tile_states) {
-      F* dst = tile_states + (((b.batch * s.order.directions() + k) * s.tiles() + first / kTile) * s.states) * s.dim + b.channel;
-      for (int64_t n = 0; n < s.states; ++n, dst += s.dim) {
-        if (b.lanes == V) {
-          store<F>(dst, load(m.h + n * V));
-        } else {
-          std::memcpy(dst, m.h + n * V, b.lanes * sizeof(F));
-        }
-      }
-    }
+    if (s.tile_states) save_tile_states<F>(m.h, s, k, first / kTile, b);
     load_tokens<F>(m.u, s.u, tile, k, b);
     load_delta<F>(m.dt, s, tile, k, b);
-    finish_delta<F>(m.dt, nullptr, s, tile.count, k, b);
+    finish_delta<false, F>(m.dt, nullptr, s, tile.count, bias);
     for (int t = 0; t < tile.count; ++t) {
       const Vec<F> u = load(m.u + t * V);
       store<F>(m.dtu + t * V, load(m.dt + t * V) * u);
       store<F>(m.y + t * V, skip * u);
+    }
+    if (first + kTile < direction.length) {
+      const TokenTile next(direction, first + kTile);
+      for (const TokenView* v : {&s.u, &s.delta, &s.z, &s.out}) prefetch_tokens(*v, next, k, b);
     }
     const auto B = coefficients<F, kConstantB>(s.B, m.B, tile, k, b);
     const auto C = coefficients<F, kConstantC>(s.C, m.C, tile, k, b);

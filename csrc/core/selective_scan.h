@@ -21,7 +21,8 @@
 
 namespace iumad {
 
-constexpr int kScanTile = 16;  // tokens between two saved states; measured, see benchmarks/selective_scan.py
+constexpr int kScanTile = 16;   // tokens between two saved states; measured, see docs/performance.md
+constexpr int kScanChunk = 16;  // channels whose saved states lie together
 
 // Strides are in elements. A stride of 0 shares the value (one delta for all directions, say).
 struct TokenView {  // (batch, direction, channel, row, column)
@@ -51,9 +52,10 @@ struct SelectiveScan {
       *delta_bias;  // (directions, dim, states) and twice (directions, dim), contiguous, compute type; D, bias may be null
   ProjectionView B, C;
   StateView initial_state, last_state;  // data may be null
-  void* tile_states;  // (batch, directions, tiles, states, dim) compute type, contiguous; may be null in forward
+  void* tile_states;  // (batch, directions, chunks, tiles, states, kScanChunk) compute type, contiguous; may be null in forward
 
   int64_t tiles() const { return (order.max_length() + kScanTile - 1) / kScanTile; }
+  int64_t chunks() const { return (dim + kScanChunk - 1) / kScanChunk; }
 };
 
 struct SelectiveScanGradients {

@@ -50,9 +50,10 @@ void clear(F* p, int64_t n) {
   std::memset(p, 0, n * sizeof(F));
 }
 
+// Zeroes the lanes from `first` on of `rows` vectors.
 template <class F>
-void add_to(F* p, Vec<F> v) {
-  store<F>(p, load(p) + v);
+void clear_lanes(F* p, int64_t rows, int first) {
+  for (int64_t i = 0; i < rows; ++i) clear(p + i * kLanes<F> + first, kLanes<F> - first);
 }
 
 // Recomputes the states of a run through a tile from the saved state (m.h[0]); adds to y where the gate needs it.
@@ -60,11 +61,11 @@ template <int kStates, bool kNeedY, class F, class BAt, class CAt>
 inline void recompute(BackwardScratch<F>& m, const F* A, int count, const BAt& B, const CAt& C, int64_t first) {
   constexpr int V = kLanes<F>;
   Vec<F> state[kStates];
-  for (int n = 0; n < kStates; ++n) state[n] = load(m.h + n * V);
+  IUMAD_UNROLL for (int n = 0; n < kStates; ++n) state[n] = load(m.h + n * V);
   for (int t = 0; t < count; ++t) {
     const Vec<F> step = load(m.dt + t * V), input = load(m.dtu + t * V);
     Vec<F> y = kNeedY ? load(m.y + t * V) : Vec<F>{};
-    for (int n = 0; n < kStates; ++n) {
+    IUMAD_UNROLL for (int n = 0; n < kStates; ++n) {
       const Vec<F> decay = exp2_product<F>(step, load(A + (first + n) * V));
       state[n] = fma(decay, state[n], input * B(t, first + n));
       store<F>(m.decay + (t * kStates + n) * V, decay);
@@ -81,14 +82,14 @@ inline void adjoint(BackwardScratch<F>& m, const F* A, F* g, F* dA, F* dBc, F* d
                     const CAt& C, int64_t first) {
   constexpr int V = kLanes<F>;
   Vec<F> gradient[kStates], sum_dA[kStates];
-  for (int n = 0; n < kStates; ++n) {
+  IUMAD_UNROLL for (int n = 0; n < kStates; ++n) {
     gradient[n] = load(g + (first + n) * V);
     sum_dA[n] = load(dA + (first + n) * V);
   }
   for (int t = count - 1; t >= 0; --t) {
     const Vec<F> step = load(m.dt + t * V), input = load(m.dtu + t * V), dy = load(m.dy + t * V);
     Vec<F> sA = load(m.sA + t * V), sB = load(m.sB + t * V);
-    for (int n = 0; n < kStates; ++n) {
+    IUMAD_UNROLL for (int n = 0; n < kStates; ++n) {
       const Vec<F> before = load(m.h + (t * kStates + n) * V), after = load(m.h + ((t + 1) * kStates + n) * V);
       F* dC = kConstantC ? dCc + (first + n) * V : m.dC + (t * states + first + n) * V;
       F* dB = kConstantB ? dBc + (first + n) * V : m.dB + (t * states + first + n) * V;
@@ -104,7 +105,7 @@ inline void adjoint(BackwardScratch<F>& m, const F* A, F* g, F* dA, F* dBc, F* d
     store<F>(m.sA + t * V, sA);
     store<F>(m.sB + t * V, sB);
   }
-  for (int n = 0; n < kStates; ++n) {
+  IUMAD_UNROLL for (int n = 0; n < kStates; ++n) {
     store<F>(g + (first + n) * V, gradient[n]);
     store<F>(dA + (first + n) * V, sum_dA[n]);
   }
@@ -117,7 +118,7 @@ void load_tile(BackwardScratch<F>& m, const SelectiveScan& s, const SelectiveSca
   constexpr int V = kLanes<F>;
   load_tokens<F>(m.u, s.u, tile, k, b);
   load_delta<F>(m.dt, s, tile, k, b);
-  finish_delta<F>(m.dt, m.slope, s, tile.count, k, b);
+  finish_delta<true, F>(m.dt, m.slope, s, tile.count, load_channels<F>(s.delta_bias, s, k, b));
   load_tokens<F>(m.dout, d.out, tile, k, b);
   if (s.z.data) load_tokens<F>(m.z, s.z, tile, k, b);
   for (int t = 0; t < tile.count; ++t) {
@@ -166,15 +167,24 @@ void store_tile(BackwardScratch<F>& m, const SelectiveScan& s, const SelectiveSc
 template <class F>
 void store_projection(const F* sums, void* partial, int64_t directions, const SelectiveScan& s, const TokenTile& tile,
                       int64_t part, int64_t k, const ChannelBlock& b) {
+  constexpr int V = kLanes<F>;
   const int64_t pixels = s.order.rows * s.order.columns;
   const bool again = directions == 1 && k > 0 && s.order.overlaps();
   F* base = static_cast<F*>(partial) +
             (((part * s.batch + b.batch) * directions + (directions == 1 ? 0 : k)) * s.groups + b.group) * pixels * s.states;
   for (int t = 0; t < tile.count; ++t) {
     F* row = base + (tile.row[t] * s.order.columns + tile.column[t]) * s.states;
-    for (int64_t n = 0; n < s.states; ++n) {
-      const F sum = sum_lanes<F>(load(sums + (t * s.states + n) * kLanes<F>));
-      row[n] = again ? row[n] + sum : sum;
+    const F* sum = sums + t * s.states * V;
+    int64_t n = 0;
+    for (; n + V <= s.states; n += V) {
+      Vec<F> lanes[V];
+      for (int i = 0; i < V; ++i) lanes[i] = load(sum + (n + i) * V);
+      const Vec<F> total = sum_rows<F>(lanes);
+      store<F>(row + n, again ? load(row + n) + total : total);
+    }
+    for (; n < s.states; ++n) {
+      const F total = sum_lanes<F>(load(sum + n * V));
+      row[n] = again ? row[n] + total : total;
     }
   }
 }
@@ -192,6 +202,11 @@ void store_channels(const F* src, void* partial, const SelectiveScan& s, int64_t
   if (partial == nullptr) return;
   F* p = static_cast<F*>(partial) + (b.batch * s.order.directions() + k) * s.dim + b.channel;
   std::memcpy(p, src, b.lanes * sizeof(F));
+}
+
+void prefetch_block(const SelectiveScan& s, const SelectiveScanGradients& d, const TokenTile& tile, int64_t k,
+                    const ChannelBlock& b) {
+  for (const TokenView* v : {&s.u, &s.delta, &s.z, &d.out, &d.u, &d.delta, &d.z}) prefetch_tokens(*v, tile, k, b);
 }
 
 // One direction for the channel blocks [first_block, first_block + blocks) of a group, tiles from the last to the first.
@@ -230,21 +245,17 @@ void backward_direction(const SelectiveScan& s, const SelectiveScanGradients& d,
     const TokenTile tile(direction, index * kTile);
     clear(m.dB, tile.count * block_size);
     clear(m.dC, tile.count * block_size);
-    for (int64_t i = 0; i < blocks; ++i) {
+    for (int64_t i = blocks - 1; i >= 0; --i) {  // the last block first: it may be cut off
       const ChannelBlock b = channel_block<F>(s, batch, group, first_block + i);
       const Vec<F> skip = load_channels<F>(s.D, s, k, b);
+      if (i > 0) prefetch_block(s, d, tile, k, channel_block<F>(s, batch, group, first_block + i - 1));
       load_tile<F>(m, s, d, tile, k, b, skip);
       const F* A = m.A + i * block_size;
       const auto B = coefficients<F, kConstantB>(s.B, m.B + i * block_size, tile, k, b);
       const auto C = coefficients<F, kConstantC>(s.C, m.C + i * block_size, tile, k, b);
-      const F* saved = static_cast<const F*>(s.tile_states) +
-                       (((batch * s.order.directions() + k) * s.tiles() + index) * s.states) * s.dim + b.channel;
       for_state_runs<kRun>(s.states, [&](auto run, int64_t n) {
         constexpr int kStates = decltype(run)::value;
-        for (int j = 0; j < kStates; ++j) {
-          if (b.lanes < V) clear(m.h + j * V, V);
-          std::memcpy(m.h + j * V, saved + (n + j) * s.dim, (b.lanes < V ? b.lanes : V) * sizeof(F));
-        }
+        load_tile_states<F>(m.h, s, k, index, b, n, kStates);
         if (s.z.data) {
           recompute<kStates, true, F>(m, A, tile.count, B, C, n);
         } else {
@@ -253,6 +264,10 @@ void backward_direction(const SelectiveScan& s, const SelectiveScanGradients& d,
         adjoint<kStates, kConstantB, kConstantC, F>(m, A, m.g + i * block_size, m.dA + i * block_size, m.dBc + i * block_size,
                                                     m.dCc + i * block_size, s.states, tile.count, B, C, n);
       });
+      if (b.lanes < V) {  // where B or C is inf or NaN, lanes without a channel hold NaN
+        clear_lanes(m.dB, tile.count * s.states, b.lanes);
+        clear_lanes(m.dC, tile.count * s.states, b.lanes);
+      }
       store_tile<F>(m, s, d, tile, k, b, skip, m.dD + i * V, m.dbias + i * V);
     }
     const ChannelBlock any = channel_block<F>(s, batch, group, first_block);

@@ -31,40 +31,79 @@ ChannelBlock channel_block(const SelectiveScan& s, int64_t batch, int64_t group,
 // The pixels of up to kTile consecutive tokens of a direction.
 struct TokenTile {
   int count;
+  bool straight;  // all in one inner loop: neighbours are one inner step apart
+  int64_t inner_row, inner_column;
   int64_t row[kTile], column[kTile];
 
   TokenTile(const ScanDirection& d, int64_t first) {
     const int64_t left = d.length - first;
     count = int(left < kTile ? left : kTile);
     int64_t outer = first / d.inner, inner = first % d.inner;
+    straight = inner + count <= d.inner;
+    inner_row = d.inner_row;
+    inner_column = d.inner_column;
+    int64_t r = d.row + outer * d.outer_row + inner * d.inner_row, c = d.column + outer * d.outer_column + inner * d.inner_column;
     for (int t = 0; t < count; ++t) {
-      row[t] = d.row + outer * d.outer_row + inner * d.inner_row;
-      column[t] = d.column + outer * d.outer_column + inner * d.inner_column;
-      if (++inner == d.inner) inner = 0, ++outer;
+      row[t] = r;
+      column[t] = c;
+      r += d.inner_row;
+      c += d.inner_column;
+      if (++inner == d.inner) {
+        inner = 0;
+        ++outer;
+        r = d.row + outer * d.outer_row;
+        c = d.column + outer * d.outer_column;
+      }
     }
-  }
-
-  void offsets(int64_t row_stride, int64_t column_stride, int64_t* offset) const {
-    for (int t = 0; t < count; ++t) offset[t] = row[t] * row_stride + column[t] * column_stride;
   }
 };
 
 inline void* at(void* data, DType dtype, int64_t offset) { return static_cast<char*>(data) + offset * size_of(dtype); }
 
+// Where a tile's tokens lie in one tensor, relative to the first channel of a block.
+struct TileAddress {
+  void* data;
+  int64_t offset[kTile];
+  int step;  // as unit_step
+
+  TileAddress(const TokenView& v, const TokenTile& tile, int64_t k, const ChannelBlock& b)
+      : data(at(v.data, v.dtype, b.batch * v.batch + k * v.direction + b.channel * v.channel)) {
+    const int64_t difference = tile.inner_row * v.row + tile.inner_column * v.column;
+    step = tile.straight && (difference == 1 || difference == -1) ? int(difference) : 0;
+    if (tile.straight) {
+      const int64_t first = tile.row[0] * v.row + tile.column[0] * v.column;
+      for (int t = 0; t < kTile; ++t) offset[t] = first + t * difference;  // constant trip count: a few vector additions
+    } else {
+      for (int t = 0; t < tile.count; ++t) offset[t] = tile.row[t] * v.row + tile.column[t] * v.column;
+    }
+  }
+};
+
 template <class F>
 void load_tokens(F* dst, const TokenView& v, const TokenTile& tile, int64_t k, const ChannelBlock& b) {
-  int64_t offset[kTile];
-  tile.offsets(v.row, v.column, offset);
-  void* data = at(v.data, v.dtype, b.batch * v.batch + k * v.direction + b.channel * v.channel);
-  load_block<F>(dst, data, v.dtype, offset, tile.count, v.channel, b.lanes);
+  const TileAddress a(v, tile, k, b);
+  load_block<F>(dst, a.data, v.dtype, a.offset, tile.count, v.channel, b.lanes, a.step);
 }
 
 template <class F>
 void store_tokens(const F* src, const TokenView& v, const TokenTile& tile, int64_t k, const ChannelBlock& b, bool accumulate) {
-  int64_t offset[kTile];
-  tile.offsets(v.row, v.column, offset);
-  void* data = at(v.data, v.dtype, b.batch * v.batch + k * v.direction + b.channel * v.channel);
-  store_block<F>(src, data, v.dtype, offset, tile.count, v.channel, b.lanes, accumulate);
+  const TileAddress a(v, tile, k, b);
+  store_block<F>(src, a.data, v.dtype, a.offset, tile.count, v.channel, b.lanes, accumulate, a.step);
+}
+
+// Asks for the lines of a tile ahead of time: they are a whole row of channels or of tokens apart, too far for the hardware to
+// guess.
+inline void prefetch_tokens(const TokenView& v, const TokenTile& tile, int64_t k, const ChannelBlock& b) {
+  if (v.data == nullptr) return;
+  const TileAddress a(v, tile, k, b);
+  if (v.channel == 1) {
+    for (int t = 0; t < tile.count; ++t) __builtin_prefetch(at(a.data, v.dtype, a.offset[t]));
+  } else {
+    for (int lane = 0; lane < b.lanes; ++lane) {
+      __builtin_prefetch(at(a.data, v.dtype, a.offset[0] + lane * v.channel));
+      __builtin_prefetch(at(a.data, v.dtype, a.offset[tile.count - 1] + lane * v.channel));
+    }
+  }
 }
 
 // delta where groups of channels share a row.
@@ -83,24 +122,15 @@ void load_delta(F* dst, const SelectiveScan& s, const TokenTile& tile, int64_t k
   });
 }
 
-// delta + bias, then softplus where asked; derivative (may be null) is d(result) / d(delta). Unused lanes get dt = 0.
-template <class F>
-void finish_delta(F* dt, F* derivative, const SelectiveScan& s, int count, int64_t k, const ChannelBlock& b) {
+// delta + bias, then softplus where asked; kSlope also gives d(result) / d(delta).
+template <bool kSlope, class F>
+void finish_delta(F* dt, [[maybe_unused]] F* slope, const SelectiveScan& s, int count, Vec<F> bias) {
   constexpr int V = kLanes<F>;
-  F bias[V] = {}, used[V] = {};
-  for (int lane = 0; lane < b.lanes; ++lane) {
-    if (s.delta_bias) bias[lane] = static_cast<const F*>(s.delta_bias)[k * s.dim + b.channel + lane];
-    used[lane] = F(1);
-  }
   for (int t = 0; t < count; ++t) {
-    Vec<F> x = load(dt + t * V) + load(bias), slope = broadcast(F(1));
-    if (s.delta_softplus) {
-      const Softplus<F> y = softplus<F>(x);
-      x = y.value;
-      slope = y.derivative;
-    }
-    store<F>(dt + t * V, b.lanes == V ? x : x * load(used));
-    if (derivative) store<F>(derivative + t * V, slope);
+    const Vec<F> x = load(dt + t * V) + bias;
+    const Softplus<F> y = s.delta_softplus ? softplus<F>(x) : Softplus<F>{x, broadcast(F(1))};
+    store<F>(dt + t * V, y.value);
+    if constexpr (kSlope) store<F>(slope + t * V, y.derivative);
   }
 }
 
@@ -115,10 +145,57 @@ void load_parameter(F* dst, const void* data, const SelectiveScan& s, int64_t k,
 // One of D, delta_bias (directions, dim) as lanes; zeros when absent.
 template <class F>
 Vec<F> load_channels(const void* data, const SelectiveScan& s, int64_t k, const ChannelBlock& b) {
+  if (data == nullptr) return Vec<F>{};
+  const F* p = static_cast<const F*>(data) + k * s.dim + b.channel;
+  if (b.lanes == kLanes<F>) return load(p);
   F v[kLanes<F>] = {};
-  if (data)
-    for (int lane = 0; lane < b.lanes; ++lane) v[lane] = static_cast<const F*>(data)[k * s.dim + b.channel + lane];
+  std::memcpy(v, p, b.lanes * sizeof(F));
   return load(v);
+}
+
+// The saved states at the start of a tile, [state][channel], move as whole vectors unless the block is cut off or straddles two
+// chunks of kScanChunk channels.
+template <class F, class Move>
+void move_tile_states(const SelectiveScan& s, int64_t k, int64_t tile, const ChannelBlock& b, Move&& move) {
+  F* base =
+      static_cast<F*>(s.tile_states) + (b.batch * s.order.directions() + k) * s.chunks() * s.tiles() * s.states * kScanChunk;
+  for (int lane = 0; lane < b.lanes;) {
+    const int64_t chunk = (b.channel + lane) / kScanChunk, column = (b.channel + lane) % kScanChunk;
+    const int left = int(kScanChunk - column), run = b.lanes - lane < left ? b.lanes - lane : left;
+    move(base + (chunk * s.tiles() + tile) * s.states * kScanChunk + column, lane, run);
+    lane += run;
+  }
+}
+
+template <class F>
+void save_tile_states(const F* h, const SelectiveScan& s, int64_t k, int64_t tile, const ChannelBlock& b) {
+  constexpr int V = kLanes<F>;
+  move_tile_states<F>(s, k, tile, b, [&](F* saved, int lane, int run) {
+    for (int64_t n = 0; n < s.states; ++n) {
+      if (run == V) {
+        store<F>(saved + n * kScanChunk, load(h + n * V));
+      } else {
+        std::memcpy(saved + n * kScanChunk, h + n * V + lane, run * sizeof(F));
+      }
+    }
+  });
+}
+
+// The states first, first + 1, ... of `count` into h[state][lane]; unused lanes become 0.
+template <class F>
+void load_tile_states(F* h, const SelectiveScan& s, int64_t k, int64_t tile, const ChannelBlock& b, int64_t first, int count) {
+  constexpr int V = kLanes<F>;
+  if (b.lanes < V) std::memset(h, 0, count * V * sizeof(F));
+  move_tile_states<F>(s, k, tile, b, [&](const F* saved, int lane, int run) {
+    for (int n = 0; n < count; ++n) {
+      const F* row = saved + (first + n) * kScanChunk;
+      if (run == V) {
+        store<F>(h + n * V, load(row));
+      } else {
+        std::memcpy(h + n * V + lane, row, run * sizeof(F));
+      }
+    }
+  });
 }
 
 // B or C as the inner loops read it: for a token and a state either one value for all lanes (a varying projection's row) or a

@@ -18,6 +18,9 @@
 #error "IUMAD_ISA (the namespace of this instruction set) must be defined by the build"
 #endif
 
+// Before a loop whose arrays are meant to live in registers: g++ gives up unrolling long bodies on its own.
+#define IUMAD_UNROLL _Pragma("GCC unroll 16")
+
 namespace iumad::IUMAD_ISA {
 
 #if defined(__AVX512F__)
@@ -105,7 +108,25 @@ inline void transpose_stage(Vec<F> (&row)[kLanes<F>]) {
   if constexpr (2 * kStep < n) transpose_stage<F, 2 * kStep>(row);
 }
 
+template <class F, int kStep>
+inline Vec<F> sum_rows_stage(Vec<F> (&row)[kLanes<F>]) {
+  constexpr int n = kLanes<F>;
+  using Lane = std::make_integer_sequence<int, n>;
+  IUMAD_UNROLL for (int i = 0; i < n / (2 * kStep); ++i) {
+    const Vec<F> x = row[2 * i], y = row[2 * i + 1];
+    row[i] = butterfly<F, kStep, false>(x, y, Lane{}) + butterfly<F, kStep, true>(x, y, Lane{});
+  }
+  if constexpr (2 * kStep < n) return sum_rows_stage<F, 2 * kStep>(row);
+  return row[0];
+}
+
 }  // namespace detail
+
+// The sums of the lanes of as many rows as there are lanes: lane i of the result is the sum of row i. Overwrites the rows.
+template <class F>
+inline Vec<F> sum_rows(Vec<F> (&row)[kLanes<F>]) {
+  return detail::sum_rows_stage<F, 1>(row);
+}
 
 // In-place transposition of a square block of lanes x lanes values.
 template <class F>

@@ -51,7 +51,9 @@ SelectiveScan describe(const Tensor& u, const Tensor& delta, const Tensor& A, co
 
 ScalarType compute_type(const SelectiveScan& s) { return s.is_double ? ScalarType::Double : ScalarType::Float; }
 
-Shape tile_states_shape(const SelectiveScan& s) { return {s.batch, s.order.directions(), s.tiles(), s.states, s.dim}; }
+Shape tile_states_shape(const SelectiveScan& s) {
+  return {s.batch, s.order.directions(), s.chunks(), s.tiles(), s.states, kScanChunk};
+}
 
 // Directions that meet at a pixel add up there; 16-bit results are added up in float32 and rounded once.
 bool accumulates_in_float(const SelectiveScan& s, const Tensor& like) { return s.order.overlaps() && like.element_size() == 2; }

@@ -19,7 +19,10 @@ SCHEMES = (
     "es2d",
 )  # the values of ScanScheme in csrc/core/scan_order.h
 _DIRECTIONS = {"row": 1, "row_reverse": 1, "bidirectional": 2, "cross": 4}
-_TILE = 16  # kScanTile in csrc/core/selective_scan.h: the states are saved once per so many tokens
+_TILE, _CHUNK = (
+    16,
+    16,
+)  # kScanTile, kScanChunk in csrc/core/selective_scan.h: how the states are saved for backward
 
 implement("selective_scan", "cpu")
 implement("selective_scan_2d", "cpu")
@@ -414,7 +417,7 @@ def _fake(
     K, _, N = A.shape
     compute = _compute_dtype(u)
     tiles = -(-_max_length(scheme, step, H, W) // _TILE)
-    shape = (batch, K, tiles, N, dim) if save_states else (0,)
+    shape = (batch, K, -(-dim // _CHUNK), tiles, N, _CHUNK) if save_states else (0,)
     return (
         torch.empty_like(u),
         u.new_empty((batch, K, dim, N), dtype=compute),

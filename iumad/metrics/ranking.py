@@ -143,7 +143,7 @@ def checked_labels(labels: ArrayLike) -> NDArray[np.bool_]:
         raise TypeError(f"labels are {values.dtype}, expected bool or numbers")
     if values.dtype.kind == "f" and not np.array_equal(values, np.floor(values)):
         raise ValueError("labels hold fractions or NaN, expected whole numbers (binarise soft masks first)")
-    if values.size and values.min() < 0:
+    if values.dtype.kind != "u" and values.size and values.min() < 0:
         raise ValueError(f"labels hold {values.min()}, expected no negative value")
     positive: NDArray[np.bool_] = values > 0
     return positive

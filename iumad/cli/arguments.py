@@ -39,7 +39,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--seeds", metavar="N,N", help="one run for each seed; mean and deviation are reported"
     )
     train.add_argument(
-        "--bounds", action="store_true", help="also run joint (upper) and finetune (lower bound)"
+        "--bounds",
+        action="store_true",
+        help="also run joint (upper bound), finetune (lower) and a memory without training",
     )
     train.add_argument("--out", metavar="DIR", required=True, help="run directory, new or empty")
     train.add_argument("--overwrite", action="store_true", help="delete an earlier run in DIR first")

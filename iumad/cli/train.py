@@ -71,7 +71,7 @@ def show(result: dict[str, Any]) -> str:
 
 def _tables(views: list[RunView]) -> list[str]:
     texts = []
-    for view in views[:1]:
+    for view in [view for view in views if view.role == "main"][:1]:
         matrix = view.matrix
         texts += [matrix_text(matrix, name) for name in ("i_auroc", "aupro_30") if name in METRICS]
         texts += [forgetting_text(matrix)] if len(matrix.steps) > 1 else []

@@ -7,8 +7,7 @@ it, records of one fixed size are found by the content hash of the image:
     about.json      what the folder belongs to
     records.bin     one record per image: prepared images (float16) and features (float32), appended
     index.txt       line i = content hash of record i; appended after the record is on disk
-    digests.jsonl   memo of content hashes by path, size and time of change, so that files are not hashed
-    again
+    digests.jsonl   (beside the folders) content hashes by path, size and time of change of a file
 
 A crash can leave an unindexed tail in records.bin; the next writer overwrites it. Writers hold a lock, so
 that several processes (and the ranks of a distributed run) can share a folder: the first computes, the others
@@ -59,12 +58,15 @@ class LiveFeatures:
 
     def __init__(self, pipeline: InputPipeline):
         self.pipeline = pipeline
+        self._known: dict[Sample, str] = {}
         self.computed = 0
         self.seconds = 0.0
 
     def digest(self, sample: Sample) -> str:
         """Content hash of a sample."""
-        return sample.digest()
+        if sample not in self._known:
+            self._known[sample] = sample.digest()
+        return self._known[sample]
 
     def ensure(self, samples: Sequence[Sample], title: str, *, quiet: bool = False) -> None:
         """Make sure that :meth:`batch` can serve ``samples``."""

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from iumad.data.catalogue import Sample
+from iumad.data.catalogue import Catalogue, Sample
 from iumad.engine.cache import Batch, LiveFeatures
 from iumad.engine.progress import Progress
-from iumad.metrics import PixelMetrics, average_precision, f1_max, image_auroc, image_score
-from iumad.model import IBIUMAD, Output
+from iumad.metrics import PixelMetrics, ResultMatrix, average_precision, f1_max, image_auroc, image_score
+from iumad.model import Output
 from iumad.report.pictures import Pixels, panel
 
 BATCH = 16
@@ -33,7 +33,7 @@ class Scored:
 
 
 def score_batches(
-    model: IBIUMAD, source: LiveFeatures, samples: Sequence[Sample], device: torch.device
+    model: nn.Module, source: LiveFeatures, samples: Sequence[Sample], device: torch.device
 ) -> Iterator[Scored]:
     """Run the model in evaluation mode over samples that the source can serve."""
     model.eval()
@@ -44,7 +44,7 @@ def score_batches(
 
 
 @torch.inference_mode()
-def _scored(model: IBIUMAD, batch: Batch, samples: Sequence[Sample], device: torch.device) -> list[Scored]:
+def _scored(model: nn.Module, batch: Batch, samples: Sequence[Sample], device: torch.device) -> list[Scored]:
     moved = batch.to(device)
     output = model(moved.images, moved.features)
     maps, scores = output.anomaly_map.float().cpu().numpy(), output.score.float().cpu().tolist()
@@ -68,7 +68,8 @@ def predicted_classes(output: Output) -> list[int] | None:
         logits.append(output.bottleneck_logits)
     if not logits:
         return None
-    return torch.stack([one.float().log_softmax(dim=1) for one in logits]).sum(dim=0).argmax(dim=1).tolist()
+    together = torch.stack([one.float().log_softmax(dim=1) for one in logits]).sum(dim=0)
+    return list(together.argmax(dim=1).tolist())
 
 
 @dataclass
@@ -80,21 +81,24 @@ class ClassResult:
     cases: list[tuple[dict[str, Any], Pixels]]
 
 
+METRICS = ("i_auroc", "i_ap", "i_f1max", "i_auroc_std", "i_auroc_mean", "class_accuracy")
+
+
 def evaluate_class(
-    model: IBIUMAD,
+    model: nn.Module,
     source: LiveFeatures,
     samples: Sequence[Sample],
     label: int,
     device: torch.device,
     *,
     progress: Progress,
-    with_cases: bool,
+    with_cases: bool = False,
 ) -> ClassResult:
     """Evaluate one class on its test samples; unlabelled ones are left out.
 
-    Metrics, all in [0, 1]: those of :class:`iumad.metrics.PixelMetrics`, ``i_auroc``, ``i_ap``, ``i_f1max``
-    by the model's image score, ``i_auroc_std`` and ``i_auroc_mean`` by the other two scores (paper.md A22),
-    ``class_accuracy``.
+    Metrics, all in [0, 1], NaN where undefined: those of :class:`iumad.metrics.PixelMetrics`, ``i_auroc``,
+    ``i_ap``, ``i_f1max`` by the model's image score, ``i_auroc_std`` and ``i_auroc_mean`` by the other two
+    scores (paper.md A22), ``class_accuracy``.
     """
     pixels = PixelMetrics()
     kept: list[tuple[Scored, NDArray[np.bool_]]] = []
@@ -111,8 +115,12 @@ def evaluate_class(
         hits.append(scored.predicted == label)
         if with_cases:
             kept.append((scored, mask))
+    split = {
+        name: [score for score, defective in zip(scores, labels, strict=True) if defective == wanted]
+        for name, wanted in (("good", False), ("defect", True))
+    }
     if not scores:
-        raise ValueError(f"no labelled test image among the {len(samples)} given")
+        return ClassResult(dict.fromkeys(METRICS, float("nan")), split, [])
     metrics = {
         "i_auroc": image_auroc(scores, labels),
         "i_ap": average_precision(scores, labels),
@@ -122,11 +130,36 @@ def evaluate_class(
         "class_accuracy": float(np.mean(hits)),
         **pixels.compute(),
     }
-    split = {
-        name: [score for score, defective in zip(scores, labels, strict=True) if defective == wanted]
-        for name, wanted in (("good", False), ("defect", True))
-    }
     return ClassResult(metrics, split, _cases(kept) if with_cases else [])
+
+
+def evaluate_step(
+    model: nn.Module,
+    source: LiveFeatures,
+    catalogue: Catalogue,
+    matrix: ResultMatrix,
+    step: int,
+    device: torch.device,
+    *,
+    with_cases: bool,
+    quiet: bool = False,
+) -> tuple[dict[str, dict[str, list[float]]], list[tuple[dict[str, Any], Pixels]]]:
+    """Evaluate every class learned by ``step`` into ``matrix``; return image scores by class, and pictures."""
+    seen = [name for names in matrix.steps[: step + 1] for name in names]
+    tests = {name: catalogue.select(cls=name, split="test") for name in seen}
+    everything = [sample for samples in tests.values() for sample in samples]
+    source.ensure(everything, f"step {step + 1} test features", quiet=quiet)
+    scores, cases = {}, []
+    with Progress(f"step {step + 1} evaluation", len(everything), quiet=quiet) as progress:
+        for name, samples in tests.items():
+            label = matrix.classes.index(name)
+            result = evaluate_class(
+                model, source, samples, label, device, progress=progress, with_cases=with_cases
+            )
+            matrix.record(step, name, result.metrics)
+            scores[name] = result.scores
+            cases += result.cases
+    return scores, cases
 
 
 def _cases(kept: list[tuple[Scored, NDArray[np.bool_]]]) -> list[tuple[dict[str, Any], Pixels]]:

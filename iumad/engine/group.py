@@ -1,7 +1,9 @@
-"""Several runs of one experiment: seeds, class orders, and the two bounds.
+"""Several runs of one experiment: seeds, class orders, and yardsticks.
 
     OUT/runs.json          which runs there are, and their part: main, joint (upper bound), finetune (lower
-    bound) OUT/seed_0/ ...        one run directory each OUT/report.html        all of them on one page
+                           bound), memory (nearest neighbours of frozen features, no training)
+    OUT/seed_0/ ...        one run directory each
+    OUT/report.html        all of them on one page
 
 A single run has no group: its files lie in OUT itself.
 """
@@ -15,6 +17,7 @@ from pathlib import Path
 
 from iumad.config import Config
 from iumad.engine.files import read_json, write_json
+from iumad.engine.memory import run_memory
 from iumad.engine.rundir import RunDirectory, new_directory
 from iumad.engine.runner import Machine, Run, run_settings
 from iumad.report.html import write_report
@@ -33,7 +36,7 @@ class Planned:
 def plan_runs(
     config: Config, seeds: Sequence[int], orders: Sequence[tuple[str, ...]], *, bounds: bool
 ) -> list[Planned]:
-    """Every seed with every class order; the bounds with the first of each.
+    """Every seed with every class order; the bounds and the untrained memory with the first of each.
 
     Empty ``seeds`` and ``orders`` mean those of ``config``.
     """
@@ -48,6 +51,7 @@ def plan_runs(
         steps = first.protocol.name.removeprefix("finetune:")
         runs.append(Planned("joint", "joint", _vary(first, protocol="joint")))
         runs.append(Planned("finetune", "finetune", _vary(first, protocol=f"finetune:{steps}")))
+        runs.append(Planned("memory", "memory", first))
     return runs
 
 
@@ -70,12 +74,16 @@ def start(root: Path, runs: Sequence[Planned], *, overwrite: bool) -> None:
 def execute(root: Path, machine: Machine) -> list[RunView]:
     """Bring every unfinished run under ``root`` to its end, then write the report."""
     group = root / "runs.json"
-    directories = (
-        [root / entry["directory"] for entry in read_json(group)["runs"]] if group.exists() else [root]
-    )
-    for directory in directories:
-        if not is_finished(directory):
+    entries = read_json(group)["runs"] if group.exists() else [{"directory": ".", "role": "main"}]
+    for entry in entries:
+        directory = root / entry["directory"]
+        if is_finished(directory):
+            continue
+        if entry["role"] == "memory":
+            run_memory(directory, machine)
+        else:
             Run(directory, machine).execute()
+    machine.world.barrier()
     if not machine.world.is_main:
         return []
     views = load_runs(root)

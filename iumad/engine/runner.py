@@ -19,8 +19,8 @@ from iumad.engine.artefact import Artefact, save_artefact
 from iumad.engine.cache import FeatureCache, LiveFeatures
 from iumad.engine.distributed import World
 from iumad.engine.environment import environment
-from iumad.engine.evaluate import evaluate_class, score_batches
-from iumad.engine.files import read_json, write_bytes, write_json
+from iumad.engine.evaluate import evaluate_step, score_batches
+from iumad.engine.files import read_json, strict, write_bytes, write_json
 from iumad.engine.inputs import InputPipeline, check_modalities
 from iumad.engine.log import RunLog
 from iumad.engine.progress import Progress
@@ -33,7 +33,7 @@ from iumad.incremental.protocol import Protocol, parse_protocol
 from iumad.incremental.update import build_update_rule
 from iumad.metrics import ResultMatrix
 from iumad.model import build_model
-from iumad.report.pictures import png
+from iumad.report.pictures import Pixels, png
 
 
 @dataclass(frozen=True)
@@ -94,35 +94,46 @@ def source_for(config: Config, machine: Machine) -> LiveFeatures:
     return FeatureCache(machine.cache, pipeline) if config.train.feature_cache else LiveFeatures(pipeline)
 
 
-class Run:
-    """A run in its directory, new or interrupted. ``execute`` brings it to its end."""
+class Prepared:
+    """What every kind of run starts from: settings, data, protocol, guard, features."""
 
     def __init__(self, root: Path, machine: Machine):
         self.directory, self.machine = RunDirectory(root), machine
         self.settings = self.directory.settings()
         self.config = Config.from_dict(self.settings["config"])
-        self.catalogue = open_dataset(self.config.data.dataset)
+        dataset = self.config.data.dataset
+        self.catalogue = open_dataset(dataset)
         self.protocol = resolve_protocol(self.config, self.catalogue)
         if [list(names) for names in self.protocol.steps] != self.settings["steps"]:
-            dataset = self.config.data.dataset
             raise ValueError(f"{self.directory.config}: the classes of {dataset} have changed since")
-        train, data = self.config.train, self.config.data
-        state = checkpoint.load(self.directory.state, "state") if self.directory.state.exists() else None
+        self.quiet = machine.quiet or not machine.world.is_main
         self.source = source_for(self.config, machine)
+        with Progress("content hashes", len(self.catalogue.samples), quiet=self.quiet) as progress:
+            for sample in self.catalogue.samples:
+                self.source.digest(sample)
+                progress.advance()
         self.guard = LeakGuard(
             self.catalogue,
             self.protocol,
-            include_validation=data.include_validation,
+            include_validation=self.config.data.include_validation,
             holdout=self.config.threshold.holdout,
             digest=self.source.digest,
         )
-        torch.manual_seed(derive(train.seed, "weights"))
+        self.matrix = ResultMatrix(self.protocol.steps)
+        self.results: dict[str, Any] = {"matrix": None, "thresholds": {}, "steps": [], "cases": []}
+
+
+class Run(Prepared):
+    """A run in its directory, new or interrupted. ``execute`` brings it to its end."""
+
+    def __init__(self, root: Path, machine: Machine):
+        super().__init__(root, machine)
+        state = checkpoint.load(self.directory.state, "state") if self.directory.state.exists() else None
+        torch.manual_seed(derive(self.config.train.seed, "weights"))
         self.model = build_model(self.config, len(self.protocol.classes), self.source.pipeline.channels)
         self.model.to(machine.device)
         self.rule = build_update_rule(self.config, self.model)
         self.position = Progression()
-        self.matrix = ResultMatrix(self.protocol.steps)
-        self.results: dict[str, Any] = {"matrix": None, "thresholds": {}, "steps": [], "cases": []}
         offset = None
         if state is not None:
             offset = self._restore(state)
@@ -141,7 +152,7 @@ class Run:
             device=machine.device,
             log=self.log,
             save=self._save,
-            quiet=machine.quiet,
+            quiet=self.quiet,
         )
 
     def execute(self) -> dict[str, Any]:
@@ -161,9 +172,8 @@ class Run:
 
     def _learn(self, step: int) -> None:
         access = self.guard.open(step)
-        quiet = self.machine.quiet or not self.machine.world.is_main
         before = (self.source.computed, self.source.seconds)
-        self.source.ensure(access.samples, f"step {step + 1} features", quiet=quiet)
+        self.source.ensure(access.samples, f"step {step + 1} features", quiet=self.quiet)
         computed, seconds = self.source.computed - before[0], self.source.seconds - before[1]
         cached = len(access.samples) - computed
         self.log.write("features", step=step, computed=computed, cached=cached, seconds=seconds)
@@ -175,38 +185,28 @@ class Run:
 
     def _evaluate(self, step: int) -> None:
         """Thresholds of the step's classes, the checkpoint, then the test images of all seen classes."""
-        quiet, device = self.machine.quiet, self.machine.device
+        device = self.machine.device
         thresholds = self.results["thresholds"]
         for name in self.protocol.steps[step]:
             samples = self.guard.calibration(name)
-            self.source.ensure(samples, f"features of {name}", quiet=quiet)
-            scores = [scored.score for scored in score_batches(self.model, self.source, samples, device)]
-            thresholds[name] = threshold(scores, self.config.threshold.false_positive_rate)
+            self.source.ensure(samples, f"features of {name}", quiet=self.quiet)
+            normal = [scored.score for scored in score_batches(self.model, self.source, samples, device)]
+            thresholds[name] = threshold(normal, self.config.threshold.false_positive_rate)
         seen = self.protocol.seen(step)
         artefact = Artefact(
             self.config, self.protocol.classes, seen, dict(thresholds), self.model, self.source.pipeline
         )
         save_artefact(self.directory.checkpoint(step), artefact)
-        tests = {name: self.catalogue.select(cls=name, split="test") for name in seen}
-        everything = [sample for samples in tests.values() for sample in samples]
-        self.source.ensure(everything, f"step {step + 1} test features", quiet=quiet)
-        is_last = step == len(self.protocol.steps) - 1
-        all_scores, cases = {}, []
-        with Progress(f"step {step + 1} evaluation", len(everything), quiet=quiet) as progress:
-            for name, samples in tests.items():
-                label = self.protocol.classes.index(name)
-                result = evaluate_class(
-                    self.model, self.source, samples, label, device, progress=progress, with_cases=is_last
-                )
-                self.matrix.record(step, name, result.metrics)
-                all_scores[name] = result.scores
-                cases += result.cases
-        for index, (about, picture) in enumerate(cases):
-            about["file"] = f"cases/{index:03d}_{about['class']}.png"
-            write_bytes(self.directory.root / about["file"], png(picture))
-        self._write_results(step, all_scores, [about for about, _ in cases])
-
-    def _write_results(self, step: int, scores: dict[str, Any], cases: list[dict[str, Any]]) -> None:
+        scores, cases = evaluate_step(
+            self.model,
+            self.source,
+            self.catalogue,
+            self.matrix,
+            step,
+            device,
+            with_cases=step == len(self.protocol.steps) - 1,
+            quiet=self.quiet,
+        )
         plan = self.trainer.plan(self.guard.open(step))
         self.results["steps"].append(
             {
@@ -220,19 +220,9 @@ class Run:
                 "scores": scores,
             }
         )
-        metrics = self.matrix.metrics
-        columns = {"rgb": "RGB", "depth": "depth"}
-        shown = [columns[name] for name in self.config.model.modalities]
-        self.results |= {
-            "matrix": self.matrix.to_dict(),
-            "summary": {name: self.matrix.summary(name) for name in metrics},
-            "cases": cases,
-            "case_columns": " | ".join([*shown, "anomaly map", "mask"]),
-            "environment": environment(self.machine.device),
-        }
-        write_json(self.directory.results, self.results)
-        means = {name: self.matrix.final_mean(name) for name in metrics}
-        self.log.write("evaluate", step=step, means=means)
+        write_results(self.directory, self.results, self.matrix, cases, self.config, device)
+        means = {name: self.matrix.final_mean(name) for name in self.matrix.metrics}
+        self.log.write("evaluate", step=step, means=strict(means))
 
     def _save(self, position: Progression) -> None:
         if not self.machine.world.is_main:
@@ -262,3 +252,26 @@ class Run:
             self.results["steps"] = self.results["steps"][:step]
             self.matrix = ResultMatrix.from_dict(self.results["matrix"])
         return int(saved["log"])
+
+
+def write_results(
+    directory: RunDirectory,
+    results: dict[str, Any],
+    matrix: ResultMatrix,
+    cases: list[tuple[dict[str, Any], Pixels]],
+    config: Config,
+    device: torch.device,
+) -> None:
+    """Complete ``results`` (thresholds and steps) with matrix, summary and pictures, and write them."""
+    for index, (about, picture) in enumerate(cases):
+        about["file"] = f"cases/{index:03d}_{about['class']}.png"
+        write_bytes(directory.root / about["file"], png(picture))
+    columns = [{"rgb": "RGB", "depth": "depth"}[name] for name in config.model.modalities]
+    results |= {
+        "matrix": matrix.to_dict(),
+        "summary": {name: matrix.summary(name) for name in matrix.metrics},
+        "cases": [about for about, _ in cases],
+        "case_columns": " | ".join([*columns, "anomaly map", "mask"]),
+        "environment": environment(device),
+    }
+    write_json(directory.results, results)

@@ -97,8 +97,7 @@ class Trainer:
         competing = self._competing(access.step)
         saved = began = time.monotonic()
         title = f"step {access.step + 1}/{len(self.protocol.steps)}"
-        quiet = self.quiet or not self.world.is_main
-        with Progress(title, plan.iterations, start=state.iteration, quiet=quiet) as progress:
+        with Progress(title, plan.iterations, start=state.iteration, quiet=self.quiet) as progress:
             while state.iteration < plan.iterations:
                 self._iterate(access, plan, competing, state)
                 now = time.monotonic()

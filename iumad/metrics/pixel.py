@@ -19,8 +19,8 @@ _NOT_BACKGROUND = np.float32(np.inf)  # above every score, since scores are fini
 class PixelMetrics:
     """AUROC, AP, best F1 and AUPRO over all pixels of all images given to `update`.
 
-    State: the background scores as float32 (4 bytes a pixel), score and region size of every defect pixel. Scores
-    are only ranked, never transformed; float64 maps are rounded to float32. A region is an 8-connected
+    State: the background scores as float32 (4 bytes a pixel), score and region size of every defect pixel.
+    Scores are only ranked, never transformed; float64 maps are rounded to float32. A region is an 8-connected
     component of one mask; everything outside the regions is background, also in defective images.
     """
 

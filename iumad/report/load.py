@@ -18,7 +18,7 @@ class RunView:
 
     directory: RunDirectory
     label: str
-    role: str  # "main", "joint" (upper bound) or "finetune" (lower bound)
+    role: str  # "main", "joint" (upper bound), "finetune" (lower bound) or "memory" (no training)
     settings: dict[str, Any]
     results: dict[str, Any]
     log: list[dict[str, Any]]

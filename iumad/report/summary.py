@@ -26,9 +26,12 @@ def summary_rows(runs: Sequence[RunView]) -> list[list[str]]:
         values = [summaries[metric][key] for metric, key in COLUMNS]
         if run.role == "main":
             main.append(values)
-        title = {"main": run.label, "joint": "joint (upper bound)", "finetune": "finetune (lower bound)"}[
-            run.role
-        ]
+        title = {
+            "main": run.label,
+            "joint": "joint (upper bound)",
+            "finetune": "finetune (lower bound)",
+            "memory": "memory of frozen features, no training",
+        }[run.role]
         rows.append([title, *map(percent, values)])
     if len(main) > 1:
         columns = [[value for value in column if not math.isnan(value)] for column in zip(*main, strict=True)]

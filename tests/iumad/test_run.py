@@ -114,7 +114,7 @@ def test_loss_falls_and_is_golden(run):
 
     A change of the model, the objective, the data or the random streams moves them much further.
     """
-    root = run("train.epochs=12", "protocol.name=3-0", "train.lr=0.003")
+    root = run(*GOLDEN_RUN)
     lines = [line for line in read_log(root / "log.jsonl") if line["event"] == "train"]
     losses = [line["loss"] for line in lines]
     assert losses[-1] < 0.8 * losses[0]
@@ -124,6 +124,19 @@ def test_loss_falls_and_is_golden(run):
     assert [losses[0], losses[5], losses[-1]] == pytest.approx(GOLDEN, rel=0.02)
 
 
+GOLDEN_RUN = [
+    "train.epochs=12",
+    "protocol.name=3-0",
+    "train.lr=0.003",
+    "train.grad_clip=1.0",
+    "train.schedule=constant",
+    "model.dropout=0",
+    "model.bottleneck_dropout=0",
+    "model.jitter_scale=10",
+    "model.mamba_expand=1",
+    "model.modality_dropout=0",
+    "loss.reconstruction=0",
+]
 GOLDEN = [12.64, 8.885, 7.485]
 
 
@@ -144,11 +157,12 @@ def test_group_of_seeds_orders_and_bounds(tmp_path, machine, tiny_config):
         "seed_1_order_2",
         "joint",
         "finetune",
+        "memory",
     ]
     group.start(tmp_path / "g", runs, overwrite=False)
     views = group.execute(tmp_path / "g", machine)
-    assert [view.role for view in views] == ["main"] * 4 + ["joint", "finetune"]
-    assert [len(view.settings["steps"]) for view in views] == [2, 2, 2, 2, 1, 2]
+    assert [view.role for view in views] == ["main"] * 4 + ["joint", "finetune", "memory"]
+    assert [len(view.settings["steps"]) for view in views] == [2, 2, 2, 2, 1, 2, 2]
     assert tuple(views[2].settings["classes"]) == orders[1]
     assert "mean ± std of 4" in (tmp_path / "g" / "report.html").read_text()
 

@@ -60,6 +60,9 @@ class BackboneConfig(Section):
     name: str = "lite0"
     # Checkpoint of b0..b4; optional for timm:NAME.
     weights_path: str | None = None
+    # Divide each tap by its root mean square over the image. Raw taps (the paper's) differ widely in size, and
+    # the largest, early ones then dominate reconstruction loss and map.
+    equal_taps: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

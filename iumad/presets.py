@@ -39,6 +39,7 @@ def paper_strict() -> Config:
 def small() -> Config:
     """For CPUs: the same modules, narrow, with a schedule of minutes instead of days."""
     return Config(
+        backbone=BackboneConfig(equal_taps=True),
         model=ModelConfig(
             dim=128,
             dropout=0.0,

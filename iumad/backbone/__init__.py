@@ -50,7 +50,9 @@ def build_backbone(config: BackboneConfig) -> FrozenBackbone:
     )
     if isinstance(network, EfficientNet):
         network.fold()
-    return FrozenBackbone(network, tap_channels=tap_channels, **scale, identity=identity)
+    return FrozenBackbone(
+        network, tap_channels=tap_channels, **scale, identity=identity, equal_taps=config.equal_taps
+    )
 
 
 def _default_path(name: str) -> str:

@@ -114,6 +114,18 @@ def test_alignment_matches_the_definition():
     torch.testing.assert_close(features[:, -112:], taps[3])
 
 
+def test_equal_taps():
+    """Each tap of each image has root mean square 1; the choice is part of the identity."""
+    raw = build_backbone(BackboneConfig(name="random:lite0"))
+    equal = build_backbone(BackboneConfig(name="random:lite0", equal_taps=True))
+    images = torch.rand(2, 3, 64, 64) * torch.tensor([1.0, 0.2])[:, None, None, None]
+    last = equal(images)[:, -112:]
+    torch.testing.assert_close(last.square().mean((1, 2, 3)), torch.ones(2))
+    ratio = last / raw(images)[:, -112:]
+    torch.testing.assert_close(ratio[1], ratio[1, :1, :1, :1].expand_as(ratio[1]), rtol=1e-4, atol=0)
+    assert raw.identity != equal.identity
+
+
 def test_frozen():
     backbone = build_backbone(BackboneConfig(name="random:lite0")).train()
     images = torch.rand(1, 3, 32, 32, requires_grad=True)

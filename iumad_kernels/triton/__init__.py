@@ -14,6 +14,8 @@ LAUNCHERS = {
     "selective_scan": ("selective_scan", "forward"),
     "selective_scan_backward": ("selective_scan_backward", "backward"),
     "selective_state_update": ("selective_scan", "update"),
+    "cross_attention": ("cross_attention", "forward"),
+    "cross_attention_backward": ("cross_attention_backward", "backward"),
 }
 
 

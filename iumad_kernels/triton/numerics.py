@@ -7,6 +7,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -32,3 +33,11 @@ def softplus(x):
 def sigmoid(x):
     """1 / (1 + exp(-x))."""
     return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def matmul(a, b, PRECISION: tl.constexpr, COMPUTE: tl.constexpr):
+    """Matrix product of two tiles on tensor cores, added up in COMPUTE."""
+    if INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16
+        a, b = a.to(COMPUTE), b.to(COMPUTE)
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=COMPUTE)

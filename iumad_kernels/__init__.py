@@ -17,17 +17,21 @@ except ImportError as error:
 
 from iumad_kernels.backend import backend, backend_for
 from iumad_kernels.ops.cross_attention import cross_attention
+from iumad_kernels.ops.kl_bottleneck import KLBottleneck, kl_bottleneck, kl_divergence
 from iumad_kernels.ops.selective_scan import selective_scan, selective_scan_2d, selective_state_update
 from iumad_kernels.version import __version__
 
 build_info = _C.build_info
 
 __all__ = [
+    "KLBottleneck",
     "__version__",
     "backend",
     "backend_for",
     "build_info",
     "cross_attention",
+    "kl_bottleneck",
+    "kl_divergence",
     "selective_scan",
     "selective_scan_2d",
     "selective_state_update",

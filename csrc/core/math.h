@@ -69,6 +69,18 @@ inline Vec<F> exp(Vec<F> x) {
   return exp2_product<F>(x, broadcast(kLog2E<F>));
 }
 
+// e^(a b) with log2(e) already in b, for a b <= 0: as exp2_product, but results under the smallest normal number are 0, as they
+// must be for probabilities of logits of -inf.
+template <class F>
+inline Vec<F> exp_or_zero(Vec<F> a, Vec<F> b) {
+  const Vec<F> e = exp2_product<F>(a, b);
+#if defined(__AVX512F__)
+  return e;
+#else
+  return a * b < broadcast(F(sizeof(F) == 8 ? -1022 : -126)) ? Vec<F>{} : e;
+#endif
+}
+
 // log(1 + e) for e in [0, 1]. Relative error < 2e-7 (float: minimax polynomial), < 1e-15 (double: 2 atanh(e / (2 + e))).
 inline Vec<float> log1p_unit(Vec<float> e) {
   Vec<float> p = fma(broadcast(0x1.56ee0ap-8f), e, broadcast(-0x1.e369f2p-6f));

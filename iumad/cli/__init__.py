@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(text, flush=True)
         return int(result.get("exit_code", 0))
     except KeyboardInterrupt:
-        print("iumad: interrupted", file=sys.stderr)
+        print("iumad: interrupted; `iumad resume DIR` goes on with a training run", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

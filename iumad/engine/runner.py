@@ -134,6 +134,7 @@ class Run(Prepared):
         self.model.to(machine.device)
         self.rule = build_update_rule(self.config, self.model)
         self.position = Progression()
+        self.computed: dict[int, dict[str, float]] = {}  # by step: how often and how long the backbone ran
         offset = None
         if state is not None:
             offset = self._restore(state)
@@ -177,6 +178,7 @@ class Run(Prepared):
         computed, seconds = self.source.computed - before[0], self.source.seconds - before[1]
         cached = len(access.samples) - computed
         self.log.write("features", step=step, computed=computed, cached=cached, seconds=seconds)
+        self.computed[step] = {"features_computed": computed, "feature_seconds": seconds}
         if self.position.iteration == 0:
             self.rule.begin_step(step, self.model, iterations=self.trainer.plan(access).iterations)
         self.trainer.run(access, self.position)
@@ -217,6 +219,7 @@ class Run(Prepared):
                 "epochs": plan.iterations * plan.batch_size / plan.images,
                 "train_seconds": self.position.seconds,
                 "kept_bytes": self.rule.storage(),
+                **self.computed[step],
                 "scores": scores,
             }
         )

@@ -95,14 +95,14 @@ class Trainer:
         """Train from ``state`` to the end of the step; ``state`` is kept up to date."""
         plan = self.plan(access)
         competing = self._competing(access.step)
-        saved = began = time.monotonic()
+        saved = time.monotonic()
         title = f"step {access.step + 1}/{len(self.protocol.steps)}"
         with Progress(title, plan.iterations, start=state.iteration, quiet=self.quiet) as progress:
             while state.iteration < plan.iterations:
+                began = time.monotonic()
                 self._iterate(access, plan, competing, state)
                 now = time.monotonic()
                 state.seconds += now - began
-                began = now
                 is_end = state.iteration == plan.iterations
                 if is_end or plan.epoch(state.iteration) != plan.epoch(state.iteration - 1):
                     self._log_epoch(plan, state, progress)
@@ -160,6 +160,6 @@ class Trainer:
         total = values.pop("loss")
         epoch = state.iteration * plan.batch_size / plan.images
         where = {"step": state.step, "epoch": round(epoch, 3), "iteration": state.iteration}
-        self.log.write("train", **where, loss=total, terms=values)
+        self.log.write("train", **where, seconds=round(state.seconds, 3), loss=total, terms=values)
         progress.note(f"loss {total:.4g}")
         state.sums, state.summed = {}, 0

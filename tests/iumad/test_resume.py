@@ -29,7 +29,8 @@ def outcome(root):
     """Everything of a run but times: weights of every step, results, losses."""
     results = json.loads((root / "results.json").read_text())
     for step in results["steps"]:
-        del step["train_seconds"]
+        for name in ("train_seconds", "features_computed", "feature_seconds"):
+            del step[name]
     models = [checkpoint.load(root / f"step_{t}.safetensors", "model") for t in (1, 2)]
     losses = [
         (line["step"], line["iteration"], line["loss"], tuple(line["terms"].items()))

@@ -28,12 +28,12 @@ def page(runs: Sequence[RunView]) -> str:
     run = next((run for run in runs if run.role == "main"), runs[0])
     title = f"IUMAD: {run.settings['name']}, protocol {run.settings['protocol']}"
     parts = [
-        _head(run),
+        _head(run, is_group=len(runs) > 1),
         _numbers(run),
         _summary(runs) if len(runs) > 1 else "",
         _matrices(run),
-        *(_matrices(other) for other in runs if other is not run),
         _forgetting(run),
+        _others([other for other in runs if other is not run]),
         _training(run),
         _scores(run),
         _cases(run),
@@ -59,7 +59,7 @@ def _table(head: str, body: str) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _head(run: RunView) -> str:
+def _head(run: RunView, *, is_group: bool) -> str:
     settings = run.settings
     steps = " → ".join(", ".join(names) for names in settings["steps"])
     state = "" if run.is_complete else ' <span class="badge miss">not finished</span>'
@@ -67,6 +67,8 @@ def _head(run: RunView) -> str:
     facts = [f"protocol {settings['protocol']}", modality, f"update rule {settings['update_rule']}"]
     config = settings["config"]
     facts += [f"backbone {config['backbone']['name']}", f"seed {config['train']['seed']}"]
+    if is_group:
+        facts.append(f"shown in full: {run.label}")
     return (
         f"<header><h1>Incremental anomaly detection on {escape(settings['name'])}{state}</h1>"
         f'<div class="soft">{escape(" · ".join(facts))}</div>'
@@ -100,15 +102,25 @@ def _summary(runs: Sequence[RunView]) -> str:
 
 
 def _matrices(run: RunView) -> str:
-    matrix = run.matrix
-    names = [name for name in METRICS if name in matrix.metrics]
-    panels = (f'<div data-tab="{name}" class="scroll">{_matrix(run, name)}</div>' for name in names)
     note = (
         "Each row is a class, each column the state of the model after a step, in per cent. "
         "Dots: the class has not been learned yet. Drop: best earlier value minus the last."
     )
-    title = "Classes and steps" + (f": {run.label}" if run.role != "main" else "")
-    return _section(title, note, f"<div data-tabs>{_tabs(names)}{''.join(panels)}</div>")
+    return _section("Classes and steps", note, _tabbed(run))
+
+
+def _others(runs: Sequence[RunView]) -> str:
+    if not runs:
+        return ""
+    blocks = (f"<details><summary>{escape(run.label)}</summary>{_tabbed(run)}</details>" for run in runs)
+    return _section("Classes and steps of the other runs", "As above.", "".join(blocks))
+
+
+def _tabbed(run: RunView) -> str:
+    matrix = run.matrix
+    names = [name for name in METRICS if name in matrix.metrics]
+    panels = (f'<div data-tab="{name}" class="scroll">{_matrix(run, name)}</div>' for name in names)
+    return f"<div data-tabs>{_tabs(names)}{''.join(panels)}</div>"
 
 
 def _tabs(names: Iterable[str]) -> str:

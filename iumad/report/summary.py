@@ -30,7 +30,7 @@ def summary_rows(runs: Sequence[RunView]) -> list[list[str]]:
             "main": run.label,
             "joint": "joint (upper bound)",
             "finetune": "finetune (lower bound)",
-            "memory": "memory of frozen features, no training",
+            "memory": "memory (no training)",
         }[run.role]
         rows.append([title, *map(percent, values)])
     if len(main) > 1:

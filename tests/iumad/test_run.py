@@ -110,7 +110,7 @@ def test_thresholds_come_from_held_out_images(run, tiny_config, machine, tmp_pat
 
 
 def test_loss_falls_and_is_golden(run):
-    """Losses of a seeded run, kept loosely: 2 % lets other processors and thread counts add in another order.
+    """Losses of a seeded run, kept loosely: 3 % lets other processors and thread counts add in another order.
 
     A change of the model, the objective, the data or the random streams moves them much further.
     """
@@ -121,7 +121,7 @@ def test_loss_falls_and_is_golden(run):
     for line in lines:
         terms = line["terms"]
         assert math.isclose(sum(terms.values()), line["loss"], rel_tol=1e-4)
-    assert [losses[0], losses[5], losses[-1]] == pytest.approx(GOLDEN, rel=0.02)
+    assert [losses[0], losses[5], losses[-1]] == pytest.approx(GOLDEN, rel=0.03)
 
 
 GOLDEN_RUN = [
@@ -130,6 +130,7 @@ GOLDEN_RUN = [
     "train.lr=0.003",
     "train.grad_clip=1.0",
     "train.schedule=constant",
+    "backbone.equal_taps=true",
     "model.dropout=0",
     "model.bottleneck_dropout=0",
     "model.jitter_scale=10",
@@ -137,7 +138,7 @@ GOLDEN_RUN = [
     "model.modality_dropout=0",
     "loss.reconstruction=0",
 ]
-GOLDEN = [12.883, 8.9, 5.0607]
+GOLDEN = [5.796, 3.558, 1.0357]
 
 
 def test_group_of_seeds_orders_and_bounds(tmp_path, machine, tiny_config):

@@ -85,7 +85,8 @@ void scan_direction(const SelectiveScan& s, int64_t k, const ChannelBlock& b, Fo
     }
     if (first + kTile < direction.length) {
       const TokenTile next(direction, first + kTile);
-      for (const TokenView* v : {&s.u, &s.delta, &s.z, &s.out}) prefetch_tokens(*v, next, k, b);
+      for (const TokenView* v : {&s.u, &s.delta, &s.z}) prefetch_tokens<false>(*v, next, k, b);
+      prefetch_tokens<true>(s.out, next, k, b);
     }
     const auto B = coefficients<F, kConstantB>(s.B, m.B, tile, k, b);
     const auto C = coefficients<F, kConstantC>(s.C, m.C, tile, k, b);
@@ -133,10 +134,24 @@ void forward_any(const SelectiveScan& s, int64_t begin, int64_t end) {
   s.is_double ? forward<double>(s, begin, end) : forward<float>(s, begin, end);
 }
 
+float exponentials(int64_t count) {
+  constexpr int V = kLanes<float>;
+  alignas(64) float step[kTile * V], A[kRun * V];
+  for (int i = 0; i < kTile * V; ++i) step[i] = 0.01f * float(i);
+  for (int i = 0; i < kRun * V; ++i) A[i] = -0.1f * float(i);
+  Vec<float> sum{};
+  for (int64_t i = 0; i < count / (kRun * V); ++i) {
+    const Vec<float> x = load(step + i % kTile * V);
+    IUMAD_UNROLL for (int n = 0; n < kRun; ++n) sum += exp2_product<float>(x, load(A + n * V));
+  }
+  return sum_lanes<float>(sum);
+}
+
 }  // namespace
 
 extern const SelectiveScanKernels selective_scan;
-const SelectiveScanKernels selective_scan = {forward_tasks_any, forward_any, selective_scan_backward_parts,
-                                             selective_scan_backward_tasks, selective_scan_backward};
+const SelectiveScanKernels selective_scan = {
+    forward_tasks_any,       forward_any, selective_scan_backward_parts, selective_scan_backward_tasks,
+    selective_scan_backward, exponentials};
 
 }  // namespace iumad::IUMAD_ISA

@@ -76,6 +76,8 @@ struct SelectiveScanKernels {
   int64_t (*backward_parts)(const SelectiveScan&);  // the parts of varying B and C: how many channel chunks a group is cut into
   int64_t (*backward_tasks)(const SelectiveScan&);
   void (*backward)(const SelectiveScan&, const SelectiveScanGradients&, int64_t begin, int64_t end);
+  // For benchmarks: evaluates that many float exponentials as the scan does and nothing else; returns their sum.
+  float (*exponentials)(int64_t count);
 };
 
 IUMAD_DECLARE_KERNELS(SelectiveScanKernels, selective_scan)

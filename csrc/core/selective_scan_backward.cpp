@@ -206,7 +206,8 @@ void store_channels(const F* src, void* partial, const SelectiveScan& s, int64_t
 
 void prefetch_block(const SelectiveScan& s, const SelectiveScanGradients& d, const TokenTile& tile, int64_t k,
                     const ChannelBlock& b) {
-  for (const TokenView* v : {&s.u, &s.delta, &s.z, &d.out, &d.u, &d.delta, &d.z}) prefetch_tokens(*v, tile, k, b);
+  for (const TokenView* v : {&s.u, &s.delta, &s.z, &d.out}) prefetch_tokens<false>(*v, tile, k, b);
+  for (const TokenView* v : {&d.u, &d.delta, &d.z}) prefetch_tokens<true>(*v, tile, k, b);
 }
 
 // One direction for the channel blocks [first_block, first_block + blocks) of a group, tiles from the last to the first.

@@ -93,15 +93,16 @@ void store_tokens(const F* src, const TokenView& v, const TokenTile& tile, int64
 
 // Asks for the lines of a tile ahead of time: they are a whole row of channels or of tokens apart, too far for the hardware to
 // guess.
+template <bool kForWriting>
 inline void prefetch_tokens(const TokenView& v, const TokenTile& tile, int64_t k, const ChannelBlock& b) {
   if (v.data == nullptr) return;
   const TileAddress a(v, tile, k, b);
   if (v.channel == 1) {
-    for (int t = 0; t < tile.count; ++t) __builtin_prefetch(at(a.data, v.dtype, a.offset[t]));
+    for (int t = 0; t < tile.count; ++t) __builtin_prefetch(at(a.data, v.dtype, a.offset[t]), kForWriting);
   } else {
     for (int lane = 0; lane < b.lanes; ++lane) {
-      __builtin_prefetch(at(a.data, v.dtype, a.offset[0] + lane * v.channel));
-      __builtin_prefetch(at(a.data, v.dtype, a.offset[tile.count - 1] + lane * v.channel));
+      __builtin_prefetch(at(a.data, v.dtype, a.offset[0] + lane * v.channel), kForWriting);
+      __builtin_prefetch(at(a.data, v.dtype, a.offset[tile.count - 1] + lane * v.channel), kForWriting);
     }
   }
 }

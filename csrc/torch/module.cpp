@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../core/dispatch.h"
+#include "../core/selective_scan.h"
 
 namespace py = pybind11;
 using namespace iumad;
@@ -47,5 +48,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this binary was built from and for.");
   m.def("cpu_isa", [] { return isa_name(current_isa()); }, "The instruction set whose kernels run.");
   m.def("cpu_isas", &supported_isas, "The instruction sets compiled in that this CPU has, slowest first.");
+  m.def(
+      "evaluate_exponentials", [](int64_t count) { return selective_scan_kernels().exponentials(count); }, py::arg("count"),
+      "Evaluates `count` exponentials as the selective scan does and nothing else: the floor its benchmark compares with.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Run the kernels of another instruction set (for tests and benchmarks).");
 }

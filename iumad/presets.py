@@ -43,6 +43,7 @@ def small() -> Config:
         model=ModelConfig(
             dim=128,
             dropout=0.0,
+            local_start=3.0,
             num_heads=4,
             ffn_dim=256,
             mamba_expand=1,

@@ -16,6 +16,9 @@ LAUNCHERS = {
     "selective_state_update": ("selective_scan", "update"),
     "cross_attention": ("cross_attention", "forward"),
     "cross_attention_backward": ("cross_attention_backward", "backward"),
+    "kl_divergence": ("kl_bottleneck", "divergence"),
+    "kl_bottleneck": ("kl_bottleneck", "bottleneck"),
+    "kl_bottleneck_backward": ("kl_bottleneck", "backward"),
 }
 
 

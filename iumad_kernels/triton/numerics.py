@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 import triton
 import triton.language as tl
 
@@ -41,3 +44,16 @@ def matmul(a, b, PRECISION: tl.constexpr, COMPUTE: tl.constexpr):
     if INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16
         a, b = a.to(COMPUTE), b.to(COMPUTE)
     return tl.dot(a, b, input_precision=PRECISION, out_dtype=COMPUTE)
+
+
+def split(x: float) -> tuple[float, float]:
+    """A Python float as two that survive Triton's float32 arguments; a kernel joins them with :func:`double`."""
+    high = float(torch.tensor(x, dtype=torch.float32))
+    return high, x - high if math.isfinite(x) else 0.0
+
+
+@triton.jit
+def double(parts, COMPUTE: tl.constexpr):
+    """The number whose parts :func:`split` made, in float64 or rounded to float32."""
+    high, low = parts
+    return tl.full((), high, COMPUTE) + tl.full((), low, COMPUTE)

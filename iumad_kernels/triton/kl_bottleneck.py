@@ -1,7 +1,7 @@
 """Divergence of two categorical distributions and the bottleneck loss in Triton. Formulas: csrc/core/kl_bottleneck.h.
 
-A program takes one row and walks its classes three times (maxima, sums, and for Jensen-Shannon the mixture); after the first time the
-row comes from the caches. A last program adds the rows up in their order. Labels are not checked on the GPU, which would
+A program takes one row and walks its classes three times (maxima, sums, and for Jensen-Shannon the mixture); after the
+first time the row comes from the caches. A last program adds the rows up in their order. Labels are not checked on the GPU, which would
 wait for it: one outside of the classes gives NaN.
 """
 
@@ -18,7 +18,9 @@ from torch import Tensor
 from iumad_kernels.triton.launch import compute_type, launch, pow2
 from iumad_kernels.triton.numerics import LOG2E, double, log1p_unit, split
 
-STATS = 9  # p_max, p_scale, q_max, q_scale, p_divergence, q_divergence, p_scale_ce, q_scale_ce, taken: RowStats
+STATS = (
+    9  # p_max, p_scale, q_max, q_scale, p_divergence, q_divergence, p_scale_ce, q_scale_ce, taken: RowStats
+)
 NONE, SUM, MEAN, BATCHMEAN = range(4)  # REDUCTIONS of iumad_kernels/ops/kl_bottleneck.py
 
 
@@ -147,7 +149,11 @@ def _total(
 ):  # fmt: skip
     """Sums of the rows, in float64, divided as the reduction asks: the losses as users see them."""
     lanes = tl.arange(0, BLOCK)
-    sum_kl, sum_p, sum_q = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    sum_kl, sum_p, sum_q = (
+        tl.zeros([BLOCK], tl.float64),
+        tl.zeros([BLOCK], tl.float64),
+        tl.zeros([BLOCK], tl.float64),
+    )
     count_rows, count = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for first in range(0, rows, BLOCK):
         row = (first + lanes).to(tl.int64)
@@ -194,7 +200,12 @@ def _backward(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     stats += row * 9
-    p_max, p_scale, q_max, q_scale = tl.load(stats), tl.load(stats + 1), tl.load(stats + 2), tl.load(stats + 3)
+    p_max, p_scale, q_max, q_scale = (
+        tl.load(stats),
+        tl.load(stats + 1),
+        tl.load(stats + 2),
+        tl.load(stats + 3),
+    )
     p_divergence, q_divergence, taken = tl.load(stats + 4), tl.load(stats + 5), tl.load(stats + 8)
     r, b = double(inverse_t, COMPUTE), double(beta, COMPUTE)
     factor = double(scale, COMPUTE)
@@ -234,7 +245,9 @@ def _backward(
             gap = tl.where(no_p | no_q, 0.0, log_p - log_q)
             distance = tl.where(p_slope == 0.0, 0.0, p_divergence)
             to_p = probability_p * (gap - distance) * p_slope
-            to_q = tl.where(p_scale == 0.0, 0.0, probability_q * slope) - tl.where(q_scale == 0.0, 0.0, probability_p * slope)
+            to_q = tl.where(p_scale == 0.0, 0.0, probability_q * slope) - tl.where(
+                q_scale == 0.0, 0.0, probability_p * slope
+            )
         if labels is not None:
             at_label = (j == label).to(COMPUTE)
             to_p += p_ce * (_exp(x, 1.0) * p_scale_ce - at_label)
@@ -273,7 +286,9 @@ def _run_forward(common: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return stats, losses
 
 
-def _add_up(losses: Tensor, stats: Tensor, reduction: int, labels: bool, *weights: float) -> tuple[Tensor, ...]:
+def _add_up(
+    losses: Tensor, stats: Tensor, reduction: int, labels: bool, *weights: float
+) -> tuple[Tensor, ...]:
     kl, *others = (losses.new_empty(()) for _ in range(4 if weights else 1))
     total, p_ce, q_ce = others or (None, None, None)
     kl_weight, ce_weight = weights or (0.0, 0.0)
@@ -348,7 +363,9 @@ def backward(
     # Contiguous results, which every layout of the logits can be given by one copy.
     dp = torch.empty_like(p, memory_format=torch.contiguous_format) if need_p else None
     dq = torch.empty_like(q, memory_format=torch.contiguous_format) if need_q else None
-    row_grad = grad_divergence.reshape(-1) if grad_divergence is not None and reduction == NONE else grad_divergence
+    row_grad = (
+        grad_divergence.reshape(-1) if grad_divergence is not None and reduction == NONE else grad_divergence
+    )
     flat_p, flat_q = _rows(dp), _rows(dq)
     launch(
         _backward, rows, stats, grad_total=grad_total, grad_kl=row_grad, grad_p_ce=grad_p_ce, grad_q_ce=grad_q_ce,

@@ -19,7 +19,9 @@ from iumad_kernels.triton.launch import compute_type, launch, pow2
 from iumad_kernels.triton.numerics import LOG2E, sigmoid, softplus
 from iumad_kernels.triton.scan_order import advance, direction, longest, overlapping, start
 
-TILE = 16  # tokens between two saved states: kScanTile of csrc/core/selective_scan.h
+# How the states are saved for backward: kScanTile, kScanChunk of csrc/core/selective_scan.h
+TILE = 16  # tokens between two saved states
+CHUNK = tl.constexpr(16)  # channels whose saved states lie together
 
 
 @triton.jit
@@ -57,6 +59,12 @@ def locate(dim, groups, directions, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def saved_at(scan, d, dim, tiles, N):
+    """Where the saved states of channels ``d`` start in (scans, chunks, tiles, N, CHUNK)."""
+    return (scan * tl.cdiv(dim, CHUNK) + d // CHUNK) * tiles * N * CHUNK + d % CHUNK
+
+
+@triton.jit
 def _forward(
     u, delta, A, B, C, D, z, delta_bias, initial_state, out, last_state, tile_states,
     u_s, delta_s, B_s, C_s, z_s, h_s, out_s,
@@ -91,7 +99,7 @@ def _forward(
     inputs, steps = (u, delta, B, C, z), (u_s, delta_s, B_s, C_s, z_s)
     out += k * out_s[0] + b * out_s[1] + d * out_s[2]
     if tile_states is not None:
-        tile_states += (b * directions + k) * tiles * N * dim + n[None, :] * dim + d[:, None]
+        tile_states += saved_at((b * directions + k), d, dim, tiles, N)[:, None] + n[None, :] * CHUNK
 
     walk = direction(k.to(tl.int32), rows, columns, step, SCHEME)
     length = walk[0]
@@ -106,7 +114,7 @@ def _forward(
         ahead = load_token(inputs, steps, pixel, channel, state)
         if tile_states is not None and token % TILE == 0:
             tl.store(tile_states, h, both)
-            tile_states += N * dim
+            tile_states += N * CHUNK
         u_t = u_t.to(COMPUTE)
         dt = time_step(delta_t, bias, SOFTPLUS)
         B_now = B_t[None, :] if B_s is not None else constant_B
@@ -197,7 +205,9 @@ def forward(
     dtype, compute = compute_type(u)
     common = describe(u, delta, A, B, C, z)
     tiles = -(-longest(scheme, step, H, W) // TILE)
-    tile_states = u.new_empty((batch, K, tiles, N, dim) if save_states else (0,), dtype=dtype)
+    tile_states = u.new_empty(
+        (batch, K, -(-dim // CHUNK.value), tiles, N, CHUNK.value) if save_states else (0,), dtype=dtype
+    )
     last_state = u.new_empty((batch, K, dim, N), dtype=dtype)
     meet = overlapping(scheme)
     out = parts(common["u"], K if meet else 1, dtype if meet else u.dtype)

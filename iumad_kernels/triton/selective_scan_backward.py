@@ -16,6 +16,7 @@ from iumad_kernels.triton.launch import compute_type, launch
 from iumad_kernels.triton.numerics import LN2, LOG2E, sigmoid
 from iumad_kernels.triton.scan_order import advance, direction, overlapping, retreat, start
 from iumad_kernels.triton.selective_scan import (
+    CHUNK,
     TILE,
     blocks,
     describe,
@@ -24,6 +25,7 @@ from iumad_kernels.triton.selective_scan import (
     load_token,
     locate,
     parts,
+    saved_at,
     time_step,
 )
 
@@ -71,16 +73,16 @@ def _backward(
     dout += b * dout_s[0] + d * dout_s[1]
     du += k * du_s[0] + b * du_s[1] + d * du_s[2]
     ddelta += k * ddelta_s[0] + b * ddelta_s[1] + k * ddelta_s[2] + d * ddelta_s[3]
-    tile_states += (b * directions + k) * tiles * N * dim + n[None, :] * dim + d[:, None]
+    tile_states += saved_at((b * directions + k), d, dim, tiles, N)[:, None] + n[None, :] * CHUNK
     in_block = tl.arange(0, BLOCK_D)[:, None] * BLOCK_N + n[None, :]
     scratch += tl.program_id(0).to(tl.int64) * TILE * BLOCK_D * BLOCK_N + in_block
 
     walk = direction(k.to(tl.int32), rows, columns, step, SCHEME)
     length = walk[0]
     used = tl.cdiv(length, TILE)
-    tile_states += used.to(tl.int64) * N * dim
+    tile_states += used.to(tl.int64) * N * CHUNK
     for tile in range(used):
-        tile_states -= N * dim
+        tile_states -= N * CHUNK
         first = (used - 1 - tile) * TILE
         last = tl.minimum(first + TILE, length) - 1
         # Forward through the tile: the state before each token goes to this program's scratch.
@@ -222,7 +224,7 @@ def backward(
         du=du, ddelta=ddelta, dA=dA, dB=dB, dC=dC, dD=dD, dz=dz, dbias=dbias, dinitial=dinitial, scratch=scratch,
         dout_s=dout.stride(), dlast_s=None if grad_last_state is None else grad_last_state.stride(),
         du_s=_parted(du, 0), ddelta_s=_parted(ddelta, 0, 2), dB_s=dB_s, dC_s=dC_s, dz_s=None if dz is None else _parted(dz, 0),
-        tiles=tile_states.shape[2], step=step, SCHEME=scheme, SOFTPLUS=delta_softplus, TILE=TILE, COMPUTE=compute, **size,
+        tiles=tile_states.shape[3], step=step, SCHEME=scheme, SOFTPLUS=delta_softplus, TILE=TILE, COMPUTE=compute, **size,
     )  # fmt: skip
     none = new(0)
 

@@ -198,7 +198,8 @@ def test_same_bits_twice(triton_device):
 
 
 def test_opcheck(triton_device):
-    given = {k: t.to(triton_device) for k, t in grid("cross", 4, True, 2, 3).items()}
+    # 16 channels: the saved states are in chunks of so many, and what is beyond the last channel stays as torch.empty left it.
+    given = {k: t.to(triton_device) for k, t in grid("cross", 4, True, 2, 2, dim=16, N=1).items()}
     u, delta, A, B, C, D, bias = given.values()
     projections = [p.detach().movedim(2, -1).contiguous().unsqueeze(2).requires_grad_() for p in (B, C)]
     args = (u, delta, A, *projections, D, None, bias, None, 3, 1, True, True)

@@ -1,8 +1,8 @@
 """Divergence of two categorical distributions and the bottleneck loss in Triton. Formulas: csrc/core/kl_bottleneck.h.
 
 A program takes one row and walks its classes three times (maxima, sums, and for Jensen-Shannon the mixture); after the
-first time the row comes from the caches. A last program adds the rows up in their order. Labels are not checked on the GPU, which would
-wait for it: one outside of the classes gives NaN.
+first time the row comes from the caches. A last program adds the rows up in their order. Labels are not checked on the
+GPU, which would have to wait for it: one outside of the classes gives NaN.
 """
 
 from __future__ import annotations
@@ -124,6 +124,8 @@ def _forward(
     tl.store(stats + 5, q_divergence)
     number = tl.sum(count, 0)
     tl.store(stats + 8, number.to(COMPUTE))
+    tl.store(stats + 6, _inverse(tl.sum(sum_p1, 0)))
+    tl.store(stats + 7, _inverse(tl.sum(sum_q1, 0)))
     losses += row * 3
     tl.store(losses, tl.where(number > 0, divergence, 0.0))
     if labels is not None:
@@ -137,8 +139,6 @@ def _forward(
         q_ce = _log_or_zero(q_sum) - (tl.sum(y, 0) - q_max) + nan
         tl.store(losses + 1, tl.where(number > 0, p_ce, 0.0))
         tl.store(losses + 2, tl.where(number > 0, q_ce, 0.0))
-        tl.store(stats + 6, _inverse(p_sum))
-        tl.store(stats + 7, _inverse(q_sum))
 
 
 @triton.jit
@@ -185,9 +185,7 @@ def _total(
 @triton.jit
 def _grad(g, COMPUTE: tl.constexpr):
     """A scalar gradient, 0 where there is none."""
-    if g is None:
-        return tl.full((), 0.0, COMPUTE)
-    return tl.load(g).to(COMPUTE)
+    return tl.full((), 0.0, COMPUTE) if g is None else tl.load(g).to(COMPUTE)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", metavar="DIR", default="runs/demo", help="run directory (default: %(default)s)"
     )
-    demo.add_argument("--protocol", default="3-1", help="as in train (default: %(default)s)")
+    demo.add_argument("--protocol", default="4-1", help="as in train (default: %(default)s)")
     _config(demo)
     demo.set_defaults(order=[], seeds=None, bounds=False, data="demo", overwrite=True)
 

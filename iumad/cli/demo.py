@@ -11,6 +11,12 @@ from iumad.cli.train import show, train
 __all__ = ["run", "show"]
 
 
+# A shorter schedule than the preset's: the whole demo in about five minutes on two cores.
+SCHEDULE = ["train.epochs=24", "train.increment_epochs=20"]
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train the ``small`` preset on the rendered data set."""
+    """Train the ``small`` preset, unless another is named, on the rendered data set."""
+    if args.preset is None and args.config is None:
+        args.overrides = [*SCHEDULE, *args.overrides]
     return train(config_from(args, preset="small"), args)

@@ -2,8 +2,20 @@
 #pragma once
 
 #include "attention_scores.h"
+#include "matrix.h"
+#include "matrix_bf16.h"
 
 namespace iumad::IUMAD_ISA {
+
+// Calls f with the way matrix blocks are multiplied. Files compiled for a bfloat16 matrix unit serve bfloat16 tensors only.
+template <class Body>
+inline auto with_products([[maybe_unused]] const CrossAttention& s, Body&& f) {
+#if defined(__AVX512BF16__)
+  return f(Bf16Pairs{});
+#else
+  return s.is_double ? f(Dense<double>{}) : f(Dense<float>{});
+#endif
+}
 
 struct AttentionPlan {
   int64_t chunk;      // queries of a task

@@ -3,7 +3,6 @@
 #include <math.h>
 
 #include "attention_plan.h"
-#include "matrix.h"
 #include "scratch.h"
 
 namespace iumad::IUMAD_ISA {
@@ -157,30 +156,23 @@ class Forward {
   int64_t first_ = 0, count_ = 0;  // the chunk's queries
 };
 
-template <class P>
 int64_t forward_tasks(const CrossAttention& s) {
-  return forward_plan<P>(s).tasks(s);
+  return with_products(s, [&](auto products) { return forward_plan<decltype(products)>(s).tasks(s); });
 }
 
-template <class P>
 void forward(const CrossAttention& s, int64_t begin, int64_t end) {
-  [[maybe_unused]] const typename P::Session session;
-  Forward<P> run(s);
-  for (int64_t task = begin; task < end; ++task) run.run(task);
-}
-
-int64_t forward_tasks_any(const CrossAttention& s) {
-  return s.is_double ? forward_tasks<Dense<double>>(s) : forward_tasks<Dense<float>>(s);
-}
-
-void forward_any(const CrossAttention& s, int64_t begin, int64_t end) {
-  s.is_double ? forward<Dense<double>>(s, begin, end) : forward<Dense<float>>(s, begin, end);
+  with_products(s, [&](auto products) {
+    using P = decltype(products);
+    [[maybe_unused]] const typename P::Session session;
+    Forward<P> run(s);
+    for (int64_t task = begin; task < end; ++task) run.run(task);
+  });
 }
 
 }  // namespace
 
 extern const CrossAttentionKernels cross_attention;
-const CrossAttentionKernels cross_attention = {forward_tasks_any, forward_any, cross_attention_backward_parts,
+const CrossAttentionKernels cross_attention = {forward_tasks, forward, cross_attention_backward_parts,
                                                cross_attention_backward_tasks, cross_attention_backward};
 
 }  // namespace iumad::IUMAD_ISA

@@ -1,6 +1,5 @@
 #include "attention_plan.h"
 #include "cross_attention.h"
-#include "matrix.h"
 #include "scratch.h"
 
 namespace iumad::IUMAD_ISA {
@@ -213,25 +212,23 @@ class Backward {
   int64_t chunk_ = 0, first_ = 0, count_ = 0;  // the chunk's queries
 };
 
-template <class P>
-void backward(const CrossAttention& s, const CrossAttentionGradients& d, int64_t begin, int64_t end) {
-  [[maybe_unused]] const typename P::Session session;
-  Backward<P> run(s, d);
-  for (int64_t task = begin; task < end; ++task) run.run(task);
-}
-
 }  // namespace
 
 int64_t cross_attention_backward_parts(const CrossAttention& s, bool weights) {
-  return s.is_double ? backward_plan<Dense<double>>(s, weights).chunks : backward_plan<Dense<float>>(s, weights).chunks;
+  return with_products(s, [&](auto products) { return backward_plan<decltype(products)>(s, weights).chunks; });
 }
 
 int64_t cross_attention_backward_tasks(const CrossAttention& s, bool weights) {
-  return s.is_double ? backward_plan<Dense<double>>(s, weights).tasks(s) : backward_plan<Dense<float>>(s, weights).tasks(s);
+  return with_products(s, [&](auto products) { return backward_plan<decltype(products)>(s, weights).tasks(s); });
 }
 
 void cross_attention_backward(const CrossAttention& s, const CrossAttentionGradients& d, int64_t begin, int64_t end) {
-  s.is_double ? backward<Dense<double>>(s, d, begin, end) : backward<Dense<float>>(s, d, begin, end);
+  with_products(s, [&](auto products) {
+    using P = decltype(products);
+    [[maybe_unused]] const typename P::Session session;
+    Backward<P> run(s, d);
+    for (int64_t task = begin; task < end; ++task) run.run(task);
+  });
 }
 
 }  // namespace iumad::IUMAD_ISA

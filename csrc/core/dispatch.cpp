@@ -2,6 +2,11 @@
 
 #include <atomic>
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace iumad {
 namespace {
 
@@ -14,6 +19,37 @@ Isa best_isa() {
 std::atomic<Isa>& chosen() {
   static std::atomic<Isa> isa{best_isa()};
   return isa;
+}
+
+#if defined(__x86_64__)
+// Linux saves the tile registers only for processes that asked; once is enough for all threads.
+bool tiles_permitted() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+#else
+  return false;
+#endif
+}
+
+// Leaves 7.0 and 7.1: asked directly, as the builtin does not know these names in every supported compiler.
+bool cpu_has(int leaf, int reg, int bit) {
+  unsigned r[4];
+  __asm__("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3]) : "a"(7), "c"(leaf));
+  return (r[reg] >> bit) & 1;
+}
+#endif
+
+Bf16 best_bf16() {
+  if (bf16_supported(Bf16::kAmx)) return Bf16::kAmx;
+  if (bf16_supported(Bf16::kAvx512)) return Bf16::kAvx512;
+  return Bf16::kNone;
+}
+
+std::atomic<Bf16>& chosen_bf16() {
+  static std::atomic<Bf16> unit{best_bf16()};
+  return unit;
 }
 
 }  // namespace
@@ -49,6 +85,31 @@ const char* isa_name(Isa isa) {
 #else
       return "baseline";
 #endif
+  }
+}
+
+bool bf16_supported([[maybe_unused]] Bf16 unit) {
+#if defined(__x86_64__)
+  if (unit == Bf16::kNone) return true;
+  const bool avx512 = isa_supported(Isa::kAvx512) && cpu_has(1, 0, 5);  // 7.1 eax: AVX512_BF16
+  if (unit == Bf16::kAvx512) return avx512;
+  return avx512 && cpu_has(0, 3, 22) && cpu_has(0, 3, 24) && tiles_permitted();  // 7.0 edx: AMX_BF16, AMX_TILE
+#else
+  return unit == Bf16::kNone;
+#endif
+}
+
+Bf16 current_bf16() { return current_isa() == Isa::kAvx512 ? chosen_bf16().load(std::memory_order_relaxed) : Bf16::kNone; }
+void set_bf16(Bf16 unit) { chosen_bf16().store(unit, std::memory_order_relaxed); }
+
+const char* bf16_name(Bf16 unit) {
+  switch (unit) {
+    case Bf16::kAmx:
+      return "amx";
+    case Bf16::kAvx512:
+      return "avx512_bf16";
+    default:
+      return "none";
   }
 }
 

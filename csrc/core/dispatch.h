@@ -10,6 +10,15 @@ Isa current_isa();
 void set_isa(Isa isa);  // for tests and benchmarks; must be supported
 const char* isa_name(Isa isa);
 
+// Instructions that multiply bfloat16 matrices, used by the kernels that have a form for them while the instruction set is
+// AVX-512.
+enum class Bf16 { kNone, kAvx512, kAmx };
+
+bool bf16_supported(Bf16 unit);  // for AMX this includes the operating system's permission, asked for here
+Bf16 current_bf16();             // kNone below AVX-512
+void set_bf16(Bf16 unit);        // for tests and benchmarks; must be supported
+const char* bf16_name(Bf16 unit);
+
 // Declares baseline::NAME, avx2::NAME, avx512::NAME (each defined by one compilation of core/NAME.cpp) and the function
 // NAME_kernels() that returns the one in use.
 #if defined(__x86_64__)
@@ -33,7 +42,27 @@ const char* isa_name(Isa isa);
         return baseline::name;            \
     }                                     \
   }
+// The same for bfloat16 tensors: avx512_bf16::NAME, amx::NAME, and NAME_bf16_kernels().
+#define IUMAD_DECLARE_BF16_KERNELS(Type, name) \
+  namespace avx512_bf16 {                      \
+  extern const Type name;                      \
+  }                                            \
+  namespace amx {                              \
+  extern const Type name;                      \
+  }                                            \
+  inline const Type& name##_bf16_kernels() {   \
+    switch (current_bf16()) {                  \
+      case Bf16::kAmx:                         \
+        return amx::name;                      \
+      case Bf16::kAvx512:                      \
+        return avx512_bf16::name;              \
+      default:                                 \
+        return name##_kernels();               \
+    }                                          \
+  }
 #else
+#define IUMAD_DECLARE_BF16_KERNELS(Type, name) \
+  inline const Type& name##_bf16_kernels() { return name##_kernels(); }
 #define IUMAD_DECLARE_KERNELS(Type, name) \
   namespace baseline {                    \
   extern const Type name;                 \

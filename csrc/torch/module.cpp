@@ -30,6 +30,24 @@ void set_cpu_isa(const std::string& name) {
   throw std::invalid_argument("unknown instruction set '" + name + "': one of " + std::string(py::str(supported_isas())));
 }
 
+constexpr Bf16 kAllBf16[] = {Bf16::kNone, Bf16::kAvx512, Bf16::kAmx};
+
+py::list supported_bf16() {
+  py::list names;
+  for (Bf16 unit : kAllBf16)
+    if (bf16_supported(unit)) names.append(bf16_name(unit));
+  return names;
+}
+
+void set_cpu_bf16(const std::string& name) {
+  for (Bf16 unit : kAllBf16) {
+    if (name != bf16_name(unit)) continue;
+    if (!bf16_supported(unit)) throw std::invalid_argument("this CPU does not have the bfloat16 matrix unit '" + name + "'");
+    return set_bf16(unit);
+  }
+  throw std::invalid_argument("unknown bfloat16 matrix unit '" + name + "': one of " + std::string(py::str(supported_bf16())));
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = IUMAD_VERSION;
@@ -37,6 +55,7 @@ py::dict build_info() {
   info["torch_headers"] = IUMAD_TORCH_VERSION;
   info["cpu_isas_supported"] = supported_isas();
   info["cpu_isa"] = isa_name(current_isa());
+  info["cpu_bf16"] = bf16_name(current_bf16());
   info["cuda_architectures"] = IUMAD_CUDA_ARCHITECTURES;
   return info;
 }
@@ -52,4 +71,8 @@ PYBIND11_MODULE(_C, m) {
       "evaluate_exponentials", [](int64_t count) { return selective_scan_kernels().exponentials(count); }, py::arg("count"),
       "Evaluates `count` exponentials as the selective scan does and nothing else: the floor its benchmark compares with.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Run the kernels of another instruction set (for tests and benchmarks).");
+  m.def("cpu_bf16", [] { return bf16_name(current_bf16()); }, "The instructions that multiply bfloat16 matrices.");
+  m.def("cpu_bf16_units", &supported_bf16, "Those compiled in that this CPU has, slowest first.");
+  m.def("set_cpu_bf16", &set_cpu_bf16, py::arg("name"),
+        "Multiply bfloat16 matrices by other instructions while the instruction set is avx512 (for tests and benchmarks).");
 }

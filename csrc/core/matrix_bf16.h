@@ -1,0 +1,186 @@
+// Products of bfloat16 matrix blocks with float sums, for CPUs that have instructions for them: AMX tiles where this file is
+// compiled for AMX, else the AVX512-BF16 dot product. The interface is that of Dense (matrix.h). Both read the same forms:
+//
+//   Left   A[m][k], rows of bfloat16            Right   B[k / 2][n] of 32-bit units, each holding B[k][n] and B[k + 1][n]
+#pragma once
+
+#if defined(__AVX512BF16__)
+
+#include "rows.h"
+
+namespace iumad::IUMAD_ISA {
+
+struct Bf16Pairs {
+  using Compute = float;
+  using Operand = BFloat16;
+  static constexpr int64_t kStep = 32;  // the depth of a tile, and twice its rows and columns: multiply takes tiles 2 x 2
+
+  struct Left {
+    const BFloat16* data;
+    int64_t row;  // stride
+    Left from_depth(int64_t k) const { return {data + k, row}; }
+  };
+  struct Right {
+    const uint32_t* data;
+    int64_t depth;  // stride between pairs of k
+  };
+
+  // Tile registers are configured while a thread multiplies, and given back after.
+  class Session {
+   public:
+#if defined(__AMX_BF16__)
+    Session() {
+      struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+      } config;
+      _tile_loadconfig(&config);
+    }
+    ~Session() { _tile_release(); }
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+#endif
+  };
+
+  static int64_t buffer_size(int64_t rows, int64_t columns) {
+    return round_up(rows, kStep) * (row_length<uint16_t>(columns) + kStep);  // enough for either form
+  }
+  static int64_t transposed_size(int64_t depth, int64_t columns) { return buffer_size(depth, columns); }
+
+  static Left left_from_rows(const BFloat16* block, int64_t ld) { return {block, ld}; }
+
+  // block[k][m], read as A[m][k].
+  static Left left_from_columns(const BFloat16* block, int64_t ld, int64_t depth, int64_t columns, BFloat16* buffer) {
+    const int64_t lda = row_length<BFloat16>(depth);
+    for (int64_t k = 0; k < depth; k += 32) {
+      for (int64_t m = 0; m < columns; m += 16) {
+        Vec<float> pair[16];
+        for (int i = 0; i < 16; ++i) {
+          const BFloat16* even = block + (k + 2 * i) * ld + m;
+          pair[i] = (Vec<float>)interleave(load_half(even), load_half(even + ld));
+        }
+        transpose<float>(pair);
+        for (int i = 0; i < 16; ++i) std::memcpy(buffer + (m + i) * lda + k, &pair[i], sizeof pair[i]);
+      }
+    }
+    return {buffer, lda};
+  }
+
+  static Left left_from_scores(const float* scores, int64_t ld, int64_t rows, int64_t columns, BFloat16* buffer) {
+    const int64_t lda = row_length<BFloat16>(columns);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; j += 16)
+        _mm256_storeu_si256((__m256i*)(buffer + i * lda + j), rounded(scores + i * ld + j));
+    for (int64_t i = rows; i < round_up(rows, kStep); ++i)
+      std::memset(static_cast<void*>(buffer + i * lda), 0, size_t(columns) * sizeof(BFloat16));
+    return {buffer, lda};
+  }
+
+  static Right right_from_rows(const BFloat16* block, int64_t ld, int64_t depth, int64_t columns, BFloat16* buffer) {
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(buffer);
+    const int64_t ldb = row_length<uint32_t>(columns);
+    for (int64_t k = 0; k < depth; k += 2)
+      for (int64_t j = 0; j < columns; j += 16) {
+        const BFloat16* even = block + k * ld + j;
+        _mm512_storeu_si512(pairs + k / 2 * ldb + j, interleave(load_half(even), load_half(even + ld)));
+      }
+    return {pairs, ldb};
+  }
+
+  static Right right_from_scores(const float* scores, int64_t ld, int64_t rows, int64_t columns, BFloat16* buffer) {
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(buffer);
+    const int64_t ldb = row_length<uint32_t>(columns);
+    for (int64_t k = 0; k < round_up(rows, kStep); k += 2)
+      for (int64_t j = 0; j < columns; j += 16) {
+        const float* even = scores + k * ld + j;
+        const __m256i zero = _mm256_setzero_si256();
+        _mm512_storeu_si512(pairs + k / 2 * ldb + j,
+                            interleave(k < rows ? rounded(even) : zero, k + 1 < rows ? rounded(even + ld) : zero));
+      }
+    return {pairs, ldb};
+  }
+
+  // block[n][k], read as B[k][n]: a pair of k is one 32-bit unit of a row, so this is a plain transposition.
+  static Right right_from_columns(const BFloat16* block, int64_t ld, int64_t columns, int64_t depth, BFloat16* buffer) {
+    const int64_t ldb = row_length<uint32_t>(columns);
+    transpose_rows(reinterpret_cast<float*>(buffer), ldb, reinterpret_cast<const float*>(block), ld / 2, columns, depth / 2);
+    return {reinterpret_cast<const uint32_t*>(buffer), ldb};
+  }
+
+  // m, n and depth are rounded up to kStep: the operands are zero there.
+  static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, float* c, int64_t ldc, bool accumulate) {
+    for (int64_t j = 0; j < n; j += kStep)
+      for (int64_t i = 0; i < m; i += kStep)
+        multiply_block(round_up(depth, kStep), a.data + i * a.row, a.row, b.data + j, b.depth, c + i * ldc + j, ldc, accumulate);
+  }
+
+ private:
+  static __m256i load_half(const BFloat16* p) { return _mm256_loadu_si256((const __m256i*)p); }
+  static __m256i rounded(const float* p) { return (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(p)); }
+  static __m512i interleave(__m256i even, __m256i odd) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+  }
+
+#if defined(__AMX_BF16__)
+  static void multiply_block(int64_t depth, const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                             bool accumulate) {
+    const int64_t row_c = ldc * 4, row_a = lda * 2, row_b = ldb * 4;  // bytes
+    if (accumulate) {
+      _tile_loadd(0, c, row_c);
+      _tile_loadd(1, c + 16, row_c);
+      _tile_loadd(2, c + 16 * ldc, row_c);
+      _tile_loadd(3, c + 16 * ldc + 16, row_c);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t k = 0; k < depth; k += 32) {
+      _tile_loadd(4, a + k, row_a);
+      _tile_loadd(5, a + 16 * lda + k, row_a);
+      _tile_loadd(6, b + k / 2 * ldb, row_b);
+      _tile_loadd(7, b + k / 2 * ldb + 16, row_b);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, row_c);
+    _tile_stored(1, c + 16, row_c);
+    _tile_stored(2, c + 16 * ldc, row_c);
+    _tile_stored(3, c + 16 * ldc + 16, row_c);
+  }
+#else
+  static void multiply_block(int64_t depth, const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                             bool accumulate) {
+    constexpr int kRows = 8;
+    for (int64_t i = 0; i < kStep; i += kRows) {
+      __m512 sum[kRows][2];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < 2; ++v) sum[r][v] = accumulate ? _mm512_loadu_ps(c + (i + r) * ldc + 16 * v) : _mm512_setzero_ps();
+      for (int64_t k = 0; k < depth; k += 2) {
+        const __m512bh right0 = (__m512bh)_mm512_loadu_si512(b + k / 2 * ldb);
+        const __m512bh right1 = (__m512bh)_mm512_loadu_si512(b + k / 2 * ldb + 16);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          int32_t pair;
+          std::memcpy(&pair, a + (i + r) * lda + k, sizeof pair);
+          const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
+          sum[r][0] = _mm512_dpbf16_ps(sum[r][0], left, right0);
+          sum[r][1] = _mm512_dpbf16_ps(sum[r][1], left, right1);
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < 2; ++v) _mm512_storeu_ps(c + (i + r) * ldc + 16 * v, sum[r][v]);
+    }
+  }
+#endif
+};
+
+}  // namespace iumad::IUMAD_ISA
+
+#endif

@@ -33,8 +33,8 @@ inline AttentionPlan plan_attention(const CrossAttention& s, bool weights, int64
   constexpr int64_t kTasks = 48,
                     kMinChunk = 128;  // enough tasks for many threads, but not at the price of packing keys too often
   constexpr int64_t kMaxKeys = 1024, kKeyBlock = 512;  // up to kMaxKeys in one pass, beyond it online
-  constexpr int64_t kScoreBytes = 96 * 1024;
-  constexpr int64_t kRowStep = 96;  // a multiple of every tile height and of kStep
+  constexpr int64_t kScoreBytes = 128 * 1024;
+  constexpr int64_t kMinRows = 96;
   AttentionPlan plan;
   plan.all_heads = weights;
   plan.key_block = weights || s.keys <= kMaxKeys ? s.keys : kKeyBlock;
@@ -47,9 +47,9 @@ inline AttentionPlan plan_attention(const CrossAttention& s, bool weights, int64
   plan.chunk = round_up((s.queries + chunks - 1) / chunks, P::kStep);
   plan.chunks = plan.chunk > 0 ? (s.queries + plan.chunk - 1) / plan.chunk : 0;
   const int64_t row_bytes = copies * row_length<typename P::Compute>(plan.key_block) * int64_t(sizeof(typename P::Compute));
-  const int64_t rows = kScoreBytes / (row_bytes > 0 ? row_bytes : 1) / kRowStep * kRowStep;
-  plan.row_block = rows < kRowStep ? kRowStep : rows;
-  if (plan.row_block > plan.chunk) plan.row_block = plan.chunk;
+  const int64_t rows = kScoreBytes / (row_bytes > 0 ? row_bytes : 1), most_rows = rows < kMinRows ? kMinRows : rows;
+  const int64_t blocks = (plan.chunk + most_rows - 1) / most_rows;
+  plan.row_block = blocks > 0 ? round_up((plan.chunk + blocks - 1) / blocks, P::kStep) : 0;
   return plan;
 }
 

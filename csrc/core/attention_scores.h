@@ -36,6 +36,9 @@ inline Vec<F> exp2_to_zero(Vec<F> x) {
 
 template <class F>
 inline F max_lanes(Vec<F> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 4) return _mm512_reduce_max_ps((__m512)v);
+#endif
   F best = v[0];
   for (int i = 1; i < kLanes<F>; ++i) best = v[i] > best ? v[i] : best;
   return best;
@@ -118,7 +121,10 @@ class Dropout {
   void factors(F* factor, const KeyBlock& block, int64_t row) const {
     const int64_t count = (block.count + kPhiloxBlock - 1) / kPhiloxBlock;
     random_words(seed_, uint64_t(row * blocks_ + block.first / kPhiloxBlock), count, words_);
-    for (int64_t j = 0; j < block.padded; ++j) factor[j] = words_[j] >= threshold_ ? keep_ : F(0);
+    const F keep = keep_;
+    const uint32_t threshold = threshold_, *words = words_;
+    for (int64_t j = 0; j < block.padded; ++j)
+      factor[j] = F(int(words[j] >= threshold)) * keep;  // no branch: it would not be predicted
   }
 
  private:

@@ -47,7 +47,7 @@ struct CrossAttention {
   void* lse;      // (batch, heads, queries), compute type, contiguous
   void* weights;  // (batch, queries, keys), compute type, contiguous; may be null
 
-  int64_t group() const { return heads / key_heads; }
+  int64_t group() const { return key_heads > 0 ? heads / key_heads : 0; }
 };
 
 struct CrossAttentionGradients {

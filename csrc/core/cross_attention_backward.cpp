@@ -160,23 +160,25 @@ class Backward {
       for (int64_t j = 0; j < block.count; ++j) grad[j] += weights[j] / F(s_.heads);
     }
     if (drops) multiply_row(grad, block.padded, factor_);
-    scale_row(score, block.padded, visible_keys(s_, block, query), F(s_.scale) * kLog2E<F>, s_.mask.data ? bias_ : nullptr);
+    const int64_t visible = visible_keys(s_, block, query);
+    F factor = F(s_.scale) * kLog2E<F>;
+    if (s_.mask.data || visible < block.count) {
+      scale_row(score, block.padded, visible, factor, s_.mask.data ? bias_ : nullptr);
+      factor = F(1);
+    }
 
     const F lse = static_cast<const F*>(s_.lse)[position];
     const F shift = lse == -kInfinity<F> ? kInfinity<F> : lse * kLog2E<F>;  // nothing seen: P = 0
+    for (int64_t j = 0; j < block.padded; j += kLanes<F>)
+      store<F>(score + j, exp2_to_zero<F>(fma(load(score + j), broadcast(factor), broadcast(-shift))));
+    for (int64_t j = block.count; j < block.padded; ++j) score[j] = F(0);
     F delta = delta_[row];
     if (d_.weights) {
-      exp_row(score, block.padded, shift);
       delta = F(0);
       for (int64_t j = 0; j < block.count; ++j) delta += score[j] * grad[j];
-      for (int64_t j = 0; j < block.padded; ++j) grad[j] = score[j] * (grad[j] - delta);
-    } else {
-      for (int64_t j = 0; j < block.padded; j += kLanes<F>) {
-        const Vec<F> p = exp2_to_zero<F>(load(score + j) - broadcast(shift));
-        store<F>(score + j, p);
-        store<F>(grad + j, p * (load(grad + j) - broadcast(delta)));
-      }
     }
+    for (int64_t j = 0; j < block.padded; j += kLanes<F>)
+      store<F>(grad + j, load(score + j) * (load(grad + j) - broadcast(delta)));
     if (d_.mask) store_mask_grad(b, head, query, block, grad);
     if (drops) multiply_row(score, block.padded, factor_);
   }

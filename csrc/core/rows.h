@@ -16,6 +16,8 @@ inline int64_t row_length(int64_t n) {
   return (lines % 8 == 0 && lines > 0 ? lines + 1 : lines) * line;
 }
 
+constexpr int64_t kPrefetchRows = 24;
+
 // A matrix somewhere in a tensor; strides in elements.
 struct Rows {
   void* data;
@@ -35,9 +37,12 @@ inline void load_rows(T* dst, int64_t ld, int64_t padded_rows, int64_t padded_co
       T* to = dst + i * ld;
       int64_t j = 0;
       if (source.column_stride == 1) {
+        // Rows of a head lie far apart, out of the hardware prefetcher's sight.
+        for (int64_t k = 0; k < source.columns; k += 64 / int64_t(sizeof(S)))
+          __builtin_prefetch(from + kPrefetchRows * source.row_stride + k);
         if constexpr (std::is_same_v<S, T>) {
-          std::memcpy(to, from, size_t(source.columns) * sizeof(T));
-          j = source.columns;
+          constexpr int64_t n = kVectorBytes / int64_t(sizeof(T));
+          for (; j + n <= source.columns; j += n) std::memcpy(to + j, from + j, kVectorBytes);
         } else if constexpr (std::is_same_v<T, F>) {
           for (; j + kLanes<F> <= source.columns; j += kLanes<F>) store<F>(to + j, load_lanes(from + j));
         }
@@ -49,7 +54,7 @@ inline void load_rows(T* dst, int64_t ld, int64_t padded_rows, int64_t padded_co
           to[j] = from_compute<T>(to_compute(from[j * source.column_stride]));
         }
       }
-      std::memset(static_cast<void*>(to + j), 0, size_t(padded_columns - j) * sizeof(T));
+      if (j < padded_columns) std::memset(static_cast<void*>(to + j), 0, size_t(padded_columns - j) * sizeof(T));
     }
     for (int64_t i = source.rows; i < padded_rows; ++i)
       std::memset(static_cast<void*>(dst + i * ld), 0, size_t(padded_columns) * sizeof(T));

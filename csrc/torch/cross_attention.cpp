@@ -57,7 +57,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& ke
   CrossAttention s = describe(query, key, value, mask, seed, dropout_p, causal, scale);
   // Tokens before heads in memory: merging the heads, which follows in every model, is then a view.
   Tensor out = torch::stable::transpose(empty(query, {s.batch, s.queries, s.heads, s.value_dim}, query.scalar_type()), 1, 2);
-  Tensor weights = empty(query, need_weights ? Shape{s.batch, s.queries, s.keys} : Shape{0}, compute_type(s));
+  const Shape weights_shape = need_weights ? Shape{s.batch, s.queries, s.keys} : Shape{0};
+  Tensor weights = s.heads > 0 ? empty(query, weights_shape, compute_type(s)) : zeros(query, weights_shape, compute_type(s));
   Tensor lse = empty(query, {s.batch, s.heads, s.queries}, compute_type(s));
   s.out = head_view(out);
   s.lse = lse.data_ptr();

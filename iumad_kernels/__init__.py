@@ -17,6 +17,8 @@ except ImportError as error:
 
 from iumad_kernels.backend import backend, backend_for
 from iumad_kernels.ops.cross_attention import cross_attention
+from iumad_kernels.ops.fused_linear_kl import fused_linear_kl
+from iumad_kernels.ops.gaussian_bottleneck import gaussian_bottleneck
 from iumad_kernels.ops.kl_bottleneck import KLBottleneck, kl_bottleneck, kl_divergence
 from iumad_kernels.ops.selective_scan import selective_scan, selective_scan_2d, selective_state_update
 from iumad_kernels.version import __version__
@@ -30,6 +32,8 @@ __all__ = [
     "backend_for",
     "build_info",
     "cross_attention",
+    "fused_linear_kl",
+    "gaussian_bottleneck",
     "kl_bottleneck",
     "kl_divergence",
     "selective_scan",

@@ -52,7 +52,7 @@ inline Vec<F> exp2_product(Vec<F> a, Vec<F> b) {
     return (V)_mm512_scalef_pd((__m512d)p, (__m512d)n);
   }
 #else
-  using I = Vec<IntOf<F> >;
+  using I = Vec<IntOf<F>>;
   constexpr int kMantissaBits = sizeof(F) == 8 ? 52 : 23;
   const V lowest = broadcast(F(sizeof(F) == 8 ? -1022 : -126)), highest = broadcast(F(sizeof(F) == 8 ? 1024 : 128));
   V x = a * b;
@@ -110,6 +110,54 @@ inline Vec<F> reciprocal_near_one(Vec<F> x) {
   }
 #endif
   return broadcast(F(1)) / x;
+}
+
+// log(x) for positive normal x. Relative error < 4e-7 (float), < 1e-15 (double), also near 1.
+template <class F>
+inline Vec<F> log(Vec<F> x) {
+  using V = Vec<F>;
+  using I = Vec<IntOf<F>>;
+  constexpr int kMantissaBits = sizeof(F) == 8 ? 52 : 23;
+  constexpr IntOf<F> kSqrtHalf = sizeof(F) == 8 ? IntOf<F>(0x3fe6a09e667f3bcdLL) : IntOf<F>(0x3f3504f3);
+  const I exponent = ((I)x - kSqrtHalf) >> kMantissaBits;  // x = 2^exponent m with m in [sqrt(1/2), sqrt(2))
+  const V m = (V)((I)x - (exponent << kMantissaBits));
+  const V s = (m - broadcast(F(1))) / (m + broadcast(F(1))), v = s * s;  // log m = 2 atanh(s), |s| < 0.172
+  V p = broadcast(F(1) / F(sizeof(F) == 8 ? 21 : 9));
+  for (int k = sizeof(F) == 8 ? 19 : 7; k >= 1; k -= 2) p = fma(p, v, broadcast(F(1) / F(k)));
+  return fma(__builtin_convertvector(exponent, V), broadcast(kLn2<F>), (s + s) * p);
+}
+
+// cos and sin of 2 pi x for x in [0, 1), absolute error < 2e-7 (float), < 1e-15 (double).
+template <class F>
+struct CosSin {
+  Vec<F> cos, sin;
+};
+template <class F>
+inline CosSin<F> cos_sin_turns(Vec<F> x) {
+  using V = Vec<F>;
+  using I = Vec<IntOf<F>>;
+  const V quarters = x * broadcast(F(4)), shifted = quarters + broadcast(detail::kRoundMagic<F>);
+  const V f = (quarters - (shifted - broadcast(detail::kRoundMagic<F>))) * broadcast(F(1.570796326794896619231321691639751442L));
+  const I quarter = (I)shifted & 3;
+  const V v = -f * f;
+  // Taylor series on [-pi/4, pi/4].
+  constexpr int kLast = sizeof(F) == 8 ? 16 : 8;
+  V c = broadcast(F(1)), s = c;
+  for (int k = kLast; k >= 2; k -= 2) {
+    c = fma(c, v * broadcast(F(1) / F(k * (k - 1))), broadcast(F(1)));
+    s = fma(s, v * broadcast(F(1) / F(k * (k + 1))), broadcast(F(1)));
+  }
+  s *= f;
+  const auto odd = (quarter & 1) != 0;
+  const V cosine = odd ? s : c, sine = odd ? c : s;
+  return {(quarter == 1) | (quarter == 2) ? -cosine : cosine, quarter >= 2 ? -sine : sine};
+}
+
+template <class F>
+inline Vec<F> sqrt(Vec<F> x) {
+  Vec<F> y;
+  for (int i = 0; i < kLanes<F>; ++i) y[i] = sizeof(F) == 8 ? F(__builtin_sqrt(double(x[i]))) : F(__builtin_sqrtf(float(x[i])));
+  return y;
 }
 
 template <class F>

@@ -24,6 +24,14 @@ inline void store_part(F* p, Vec<F> v, int64_t count) {
   std::memcpy(p, lanes, count * sizeof(F));
 }
 
+// v with the lanes from `count` on set to 0.
+template <class F>
+inline Vec<F> first_lanes(Vec<F> v, int64_t count) {
+  F lanes[kLanes<F>];
+  store<F>(lanes, v);
+  return load_part<F>(lanes, count, F(0));
+}
+
 template <class F>
 inline bool is_plain(const RowsView& v) {
   return v.inner_stride == 1 && v.dtype == (sizeof(F) == 8 ? DType::kFloat64 : DType::kFloat32);

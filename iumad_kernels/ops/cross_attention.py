@@ -10,6 +10,7 @@ from torch import Tensor
 from iumad_kernels import reference
 from iumad_kernels.backend import implement, select
 from iumad_kernels.ops.checks import check_divides, check_floating, check_shape
+from iumad_kernels.ops.seeds import check_seed, seed_tensor
 
 implement("cross_attention", "cpu")
 
@@ -66,7 +67,9 @@ def cross_attention(
     query, key, value = _autocast(query, key, value)
     _check(query, key, value, attn_mask, dropout_p, seed)
     if dropout_p > 0:
-        seed = _seed_tensor(seed, query.device)
+        if seed is None:  # a tensor, so that drawing it can be traced and never waits for a device
+            seed = torch.randint(2**63 - 1, (), device=query.device)
+        seed = seed_tensor(seed, query.device)
     if select("cross_attention", query.device) == "reference":
         return reference.cross_attention(
             query,
@@ -139,21 +142,8 @@ def _check(
                 f"{op}: attn_mask has shape {tuple(attn_mask.shape)}, expected one that broadcasts to "
                 f"{whole} = (batch, heads, Lq, Lk)"
             )
-    if seed is not None and not isinstance(seed, int):
-        if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(f"{op}: seed must be an int or an int64 tensor of one element, got {seed!r}")
-        if seed.device != query.device:
-            raise ValueError(f"{op}: seed is on {seed.device}, but query is on {query.device}")
-
-
-def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """A tensor, so that drawing it can be traced and never waits for a device."""
-    if seed is None:
-        return torch.randint(2**63 - 1, (), device=device)
-    if isinstance(seed, int):
-        signed = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits
-        return torch.full((), signed, dtype=torch.int64, device=device)
-    return seed
+    if seed is not None:
+        check_seed(op, seed, query.device)
 
 
 def _compute_dtype(query: Tensor) -> torch.dtype:

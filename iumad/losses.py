@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iumad.config import LossConfig
-from iumad.model import Output, ops
+from iumad.model import Output
+from iumad_kernels import kl_bottleneck
 
 
 def objective(
@@ -47,7 +48,7 @@ def objective(
         add("reconstruction", config.reconstruction, torch.stack(errors).sum())
     heads = output.fused_logits, output.bottleneck_logits
     if heads[0] is not None and heads[1] is not None and config.bottleneck + config.bottleneck_class > 0:
-        loss = ops.kl_bottleneck(
+        loss = kl_bottleneck(
             select(heads[0]),
             select(heads[1]),
             targets,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,32 +20,6 @@ def depthwise_conv2d(
     assert padding == "symmetric"
     y = F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2, groups=x.shape[1])
     return F.silu(y) if activation == "silu" else y
-
-
-class KLBottleneck(NamedTuple):
-    """Loss and its parts, scalars."""
-
-    total: Tensor
-    kl: Tensor
-    fused_ce: Tensor
-    bottleneck_ce: Tensor
-
-
-def kl_bottleneck(
-    fused_logits: Tensor,
-    bottleneck_logits: Tensor,
-    labels: Tensor,
-    *,
-    kl_weight: float = 1.0,
-    ce_weight: float = 1.0,
-    detach_teacher: bool = True,
-) -> KLBottleneck:
-    """KL[P(Y|fused) || P(Y|bottleneck)] and the cross-entropy of both heads."""
-    teacher = fused_logits.detach() if detach_teacher else fused_logits
-    log_teacher, log_student = teacher.log_softmax(-1), bottleneck_logits.log_softmax(-1)
-    kl = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-    fused_ce, ce = F.cross_entropy(fused_logits, labels), F.cross_entropy(bottleneck_logits, labels)
-    return KLBottleneck(kl_weight * kl + ce_weight * (fused_ce + ce), kl, fused_ce, ce)
 
 
 def anomaly_map(features: Tensor, reference: Tensor, size: int, *, pool: int = 16) -> tuple[Tensor, Tensor]:

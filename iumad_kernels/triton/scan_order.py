@@ -6,6 +6,7 @@ apart, then a jump.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -73,3 +74,9 @@ def overlapping(scheme: int) -> bool:
 def longest(scheme: int, step: int, rows: int, columns: int) -> int:
     """Tokens of the longest direction."""
     return -(-rows // step) * -(-columns // step) if scheme == 4 else rows * columns
+
+
+def pixel_directions(step: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """Which direction of es2d visits each pixel, (rows, columns)."""
+    i, j = (torch.arange(n, device=device) % step for n in (rows, columns))
+    return i[:, None] + step * j

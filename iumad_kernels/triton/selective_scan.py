@@ -130,15 +130,16 @@ def _forward(
     tl.store(last_state + (b * directions * dim + kd)[:, None] * N + n[None, :], h, both)
 
 
-def blocks(scans: int, channels: int, states: int, per_thread: int) -> dict[str, int]:
+def blocks(scans: int, channels: int, states: int, least: int) -> dict[str, int]:
     """Sizes for ``scans`` scans of ``states`` states each, ``channels`` of them sharing B and C: BLOCK_D, BLOCK_N, warps.
 
-    A thread holds ``per_thread`` states; fewer, down to 4, where that leaves an H100 with less than 8 warps per
-    multiprocessor: the more it holds, the less it repeats of what is done once per channel. The device is not asked, so the
-    results do not depend on it.
+    A thread holds 16 states; fewer, down to ``least``, where that leaves an H100 with less than 8 warps per multiprocessor:
+    the more it holds, the less it repeats of what is done once per channel, and the fewer parts dB and dC have. The device
+    is not asked, so the results do not depend on it.
     """
+    per_thread = 16
     block_n = pow2(states)
-    while per_thread > 4 and scans * block_n < 132 * 8 * 32 * per_thread:
+    while per_thread > least and scans * block_n < 132 * 8 * 32 * per_thread:
         per_thread //= 2
     block_d = min(max(32 * per_thread // block_n, 1), pow2(channels))
     warps = pow2(block_d * block_n // (32 * per_thread), at_most=16)
@@ -211,7 +212,7 @@ def forward(
     last_state = u.new_empty((batch, K, dim, N), dtype=dtype)
     meet = overlapping(scheme)
     out = parts(common["u"], K if meet else 1, dtype if meet else u.dtype)
-    size = blocks(batch * K * dim, dim // common["groups"], N, per_thread=16)
+    size = blocks(batch * K * dim, dim // common["groups"], N, least=4)
     launch(
         _forward, batch * K * common["groups"] * -(-(dim // common["groups"]) // size["BLOCK_D"]), u, **common,
         D=D, delta_bias=delta_bias, initial_state=initial_state, h_s=None if initial_state is None else initial_state.stride(),

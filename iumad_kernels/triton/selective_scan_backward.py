@@ -8,13 +8,14 @@ images and directions that meet are written as parts and added up in a fixed ord
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from iumad_kernels.triton.launch import compute_type, launch
 from iumad_kernels.triton.numerics import LN2, LOG2E, sigmoid
-from iumad_kernels.triton.scan_order import advance, direction, overlapping, retreat, start
+from iumad_kernels.triton.scan_order import advance, direction, overlapping, pixel_directions, retreat, start
 from iumad_kernels.triton.selective_scan import (
     CHUNK,
     TILE,
@@ -183,7 +184,7 @@ def backward(
     dtype, compute = compute_type(u)
     common = describe(u, delta, A, B, C, z)
     meet = overlapping(scheme)
-    size = blocks(batch * K * dim, dim // common["groups"], N, per_thread=16)
+    size = blocks(batch * K * dim, dim // common["groups"], N, least=8)
     count = -(-(dim // common["groups"]) // size["BLOCK_D"])  # blocks of channels in a group
 
     def new(*shape: int) -> Tensor:
@@ -196,11 +197,12 @@ def backward(
     def projection(p: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
         if p.dim() == 3:
             return new(batch, K, dim, N), None
-        shared = p.shape[1] == 1
-        part = new(count, K if meet and shared else 1, batch, p.shape[1], common["groups"], pixels, N)
+        # Disjoint directions share one slice: every pixel belongs to one of them.
+        shared = p.shape[1] == 1 or not meet
+        part = new(count, K if meet and shared else 1, batch, 1 if shared else K, common["groups"], pixels, N)
         s = part.stride()
         s = (s[0], s[1] if part.shape[1] > 1 else 0, s[2], 0 if shared else s[3], s[4], s[5])
-        return unvisited(part, p.shape[1]), s
+        return part, s
 
     du = parts(common["u"], K if meet else 1, dtype if meet else u.dtype)
     dz = None if z is None else parts(common["z"], K if meet else 1, dtype if meet else z.dtype)
@@ -232,7 +234,17 @@ def backward(
         return none if part is None else part.sum(0)
 
     def projection_total(part: Tensor, p: Tensor) -> Tensor:
-        return part.sum(0) if p.dim() == 3 else part.sum((0, 1)).view(p.shape)
+        if p.dim() == 3:
+            return part.sum(0)
+        sum_of_parts = part.sum((0, 1))
+        if meet or p.shape[1] == 1:
+            return sum_of_parts.view(p.shape)
+        own = (
+            pixel_directions(step, u.shape[2], u.shape[3], u.device)
+            == torch.arange(K, device=u.device)[:, None, None]
+        )
+        at_pixels = sum_of_parts.view(batch, 1, common["groups"], *u.shape[2:], N)
+        return torch.where(own[:, None, :, :, None], at_pixels, 0.0)
 
     ddelta_like = delta if all_rows else new(batch, delta_directions, dim, *u.shape[2:])
     return (

@@ -32,6 +32,14 @@ struct ScanDirection {
     *r = row + o * outer_row + i * inner_row;
     *c = column + o * outer_column + i * inner_column;
   }
+
+  // The token at a pixel of the grid, or -1 where this direction does not pass (es2d).
+  IUMAD_HOST_DEVICE int64_t token(int64_t r, int64_t c) const {
+    const int64_t step = inner_row + inner_column;  // one of them is 0; an outer step is as long
+    if ((r - row) % step != 0 || (c - column) % step != 0) return -1;
+    const int64_t rows_on = (r - row) / step, columns_on = (c - column) / step;
+    return inner_row != 0 ? columns_on * inner + rows_on : rows_on * inner + columns_on;
+  }
 };
 
 struct ScanOrder {

@@ -21,7 +21,7 @@
 
 namespace iumad {
 
-constexpr int kScanTile = 16;   // tokens between two saved states; measured, see docs/performance.md
+constexpr int kScanTile = 16;   // tokens between two saved states on the CPU; measured, see docs/performance.md
 constexpr int kScanChunk = 16;  // channels whose saved states lie together
 
 // Strides are in elements. A stride of 0 shares the value (one delta for all directions, say).
@@ -54,7 +54,7 @@ struct SelectiveScan {
   StateView initial_state, last_state;  // data may be null
   void* tile_states;  // (batch, directions, chunks, tiles, states, kScanChunk) compute type, contiguous; may be null in forward
 
-  int64_t tiles() const { return (order.max_length() + kScanTile - 1) / kScanTile; }
+  IUMAD_HOST_DEVICE int64_t tiles(int64_t tile = kScanTile) const { return (order.max_length() + tile - 1) / tile; }
   int64_t chunks() const { return (dim + kScanChunk - 1) / kScanChunk; }
 };
 

@@ -1,5 +1,6 @@
 """Bridge from pip to CMakeLists.txt, the one build definition."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 MINIMUM_TORCH = (2, 10)
+# Taken from the environment: IUMAD_CUDA=auto|on|off, IUMAD_CUDA_ARCHITECTURES="80 90".
+CMAKE_OPTIONS = ("IUMAD_CUDA", "IUMAD_CUDA_ARCHITECTURES")
 
 
 def find_torch() -> Path:
@@ -53,6 +56,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DIUMAD_TORCH={torch}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *(f"-D{name}={os.environ[name].replace(' ', ';')}" for name in CMAKE_OPTIONS if name in os.environ),
         ]  # fmt: skip
         for command in (configure, ["cmake", "--build", build]):
             if subprocess.run(command).returncode != 0:

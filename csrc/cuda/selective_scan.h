@@ -27,9 +27,6 @@ int64_t selective_scan_parts(const SelectiveScan&, int lanes);
 cudaError_t selective_scan(const SelectiveScan&, int lanes, cudaStream_t);
 cudaError_t selective_scan_backward(const SelectiveScan&, const SelectiveScanGradients&, int lanes, cudaStream_t);
 
-// out[i] = parts[0][i] + parts[1][i] + ..., in this order.
-cudaError_t sum_parts(const void* parts, int64_t count, int64_t size, void* out, bool is_double, cudaStream_t);
-
 // The partial sums of a varying B or C to its gradient (batch, out_directions, groups, rows, columns, states): over the channel
 // blocks and, where out_directions is 1, over the directions that visit the pixel.
 cudaError_t sum_projection(const SelectiveScan&, const void* parts, int64_t count, int64_t out_directions, void* out, cudaStream_t);

@@ -7,6 +7,9 @@
 // (channels-last).
 #pragma once
 
+#include <type_traits>
+
+#include "element.cuh"
 #include "selective_scan.h"
 #include "shared_array.cuh"
 

@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import torch
 
-BACKENDS = ("cpu", "cuda", "triton", "reference")
-# In the order of preference on that type of device.
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+from iumad_kernels import gpu
 
-_implemented: dict[str, set[str]] = {}  # op -> the backends this installation can run
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+
+_implemented: dict[str, set[str]] = {}  # op -> its backends on a CPU
+_torch_op: dict[str, str] = {}  # op -> the one of torch.ops.iumad its GPU kernels are looked up by
 _warned: set[tuple[str, str]] = set()
 _forced: str | None = None
 
@@ -31,9 +32,33 @@ class Choice(NamedTuple):
     reason: str
 
 
-def implement(op: str, *backends: str) -> None:
-    """Declare that ``op`` has these backends, besides ``reference``, which every op has."""
+def implement(op: str, *backends: str, torch_op: str | None = None) -> None:
+    """Declare that ``op`` has these backends on a CPU, besides ``reference``, which every op has.
+
+    On a GPU it has those of ``torch_op``, the op of torch.ops.iumad it is built on (default: of the same name).
+    """
     _implemented.setdefault(op, {"reference"}).update(backends)
+    _torch_op[op] = torch_op or op
+
+
+def _available(op: str, kind: str) -> tuple[tuple[str, ...], str]:
+    """The backends of an op for a type of device, fastest first, and why faster ones are missing."""
+    if kind == "cpu":
+        return (
+            (("cpu", "reference"), "")
+            if "cpu" in _implemented[op]
+            else (("reference",), "the op has no CPU kernel")
+        )
+    if kind != "cuda":
+        return ("reference",), f"no kernels for {kind}"
+    found, torch_op = gpu.activate(), _torch_op[op]
+    cuda_missing = found.cuda_missing or "the op has no CUDA C++ kernel"
+    if torch_op in found.cuda_ops:
+        return ("cuda", "reference"), ""
+    if torch_op in found.triton_ops:
+        return ("triton", "reference"), cuda_missing
+    triton_missing = found.triton_missing or "the op has no Triton kernel"
+    return ("reference",), f"{cuda_missing} and {triton_missing}: {gpu.REMEDIES}"
 
 
 def _check(name: str) -> str:
@@ -69,32 +94,22 @@ def backend_for(op: str, device: torch.device | str) -> Choice:
         return Choice(_forced, "forced by iumad_kernels.backend")
     if name := os.environ.get("IUMAD_BACKEND"):
         return Choice(_check(name), "forced by the environment variable IUMAD_BACKEND")
-    preference = _PREFERENCE.get(kind, ("reference",))
-    for rank, name in enumerate(preference):
-        if name in _implemented[op]:
-            missing = preference[:rank]
-            reason = (
-                f"the fastest built for {kind}"
-                if not missing
-                else f"{' and '.join(missing)} not available for {kind}"
-            )
-            return Choice(name, reason)
-    raise AssertionError("every op has a reference")
+    available, missing = _available(op, kind)
+    return Choice(available[0], missing or f"the fastest for {kind}")
 
 
 def select(op: str, device: torch.device) -> str:
     """The backend to run now; says once when it is the slow reference although nobody asked for it."""
     choice = backend_for(op, device)
-    if choice.backend not in _implemented[op]:
+    if choice.backend == "reference" and choice.reason.startswith("forced"):
+        return choice.backend
+    available, missing = _available(op, device.type)
+    if choice.backend not in available:
         raise RuntimeError(
-            f"{op} has no {choice.backend} backend in this installation ({choice.reason}); "
-            f"available: {', '.join(sorted(_implemented[op]))}"
+            f"{op} has no {choice.backend} backend for {device.type} tensors here ({choice.reason}); "
+            f"available: {', '.join(available)}{f' ({missing})' if missing else ''}"
         )
-    if (
-        choice.backend == "reference"
-        and not choice.reason.startswith("forced")
-        and (op, device.type) not in _warned
-    ):
+    if choice.backend == "reference" and (op, device.type) not in _warned:
         _warned.add((op, device.type))
         warnings.warn(
             f"{op} on {device.type} runs the slow reference implementation: {choice.reason}", stacklevel=3

@@ -6,7 +6,11 @@ namespace iumad::cuda {
 namespace {
 
 template <class F, int kLanes>
-using ForwardGeometry = Geometry<F, kLanes, 8>;
+using ForwardGeometry = Geometry<F, kLanes, sizeof(F) == 8 || kLanes == 32 ? 128 : 256, 8>;
+
+// Resident blocks per multiprocessor the registers are limited for: 24 warps; 12 in double.
+template <class G>
+constexpr int kResident = (sizeof(typename G::F) == 8 ? 384 : 768) / G::kThreads;
 
 template <class G>
 struct ForwardShared {
@@ -19,8 +23,9 @@ struct ForwardShared {
 
 // The states [n0, n0 + states) of a tile: adds their share to y.
 template <class G, class F>
-__device__ void scan_group(ForwardShared<G>& m, const SelectiveScan& s, const Items<G>& me, const Tile& tile, const ChannelBlock& b,
-                           int64_t n0, int states, const F (&dt)[G::kItems], const F (&dtu)[G::kItems], F (&y)[G::kItems]) {
+__device__ void scan_group(ForwardShared<G>& m, const SelectiveScan& s, const Items<G>& me, const Tile& tile,
+                           const ChannelBlock& b, int64_t n0, int states, const F (&dt)[G::kItems], const F (&dtu)[G::kItems],
+                           F (&y)[G::kItems]) {
   for (int n = 0; n < states; ++n) {
     const int channel = n * G::kChannels + me.channel;
     const F a = scaled_decay(m.A[channel]);
@@ -48,14 +53,12 @@ __device__ void scan_group(ForwardShared<G>& m, const SelectiveScan& s, const It
 }
 
 template <class G>
-__device__ void forward_tile(ForwardShared<G>& m, const SelectiveScan& s, int64_t first) {
+__device__ void forward_tile(ForwardShared<G>& m, const SelectiveScan& s) {
   using F = typename G::F;
   constexpr int kOther = G::kChannels * G::kPitch;
   const Items<G> me;
-  const Tile& tile = m.work.tile;
-  const ChannelBlock& b = m.work.block;
-  if (threadIdx.x == 0) m.work.start_tile(first, G::kTokens);
-  __syncthreads();
+  const Tile& tile = m.work.tile.read();
+  const ChannelBlock& b = m.work.block.read();
   m.pixels.locate(tile);
   __syncthreads();
   load_tile<G>(m.tiles, 0, s, s.u, s.dim, m.pixels, tile, b);
@@ -101,20 +104,27 @@ __device__ void forward_tile(ForwardShared<G>& m, const SelectiveScan& s, int64_
 }
 
 template <class G>
-__global__ void __launch_bounds__(G::kThreads, G::kForwardBlocks) selective_scan_forward(const __grid_constant__ SelectiveScan s) {
+__global__ void __launch_bounds__(G::kThreads, kResident<G>) selective_scan_forward(const __grid_constant__ SelectiveScan s) {
   __shared__ ForwardShared<G> m;
   const int64_t blocks = block_count<G>(s);
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-    if (threadIdx.x == 0) m.work.block = channel_block<G>(s, block);
+    if (threadIdx.x == 0) m.work.block.write() = channel_block<G>(s, block);
     __syncthreads();
-    for (int64_t k = m.work.block.k_begin; k < m.work.block.k_end; ++k) {
-      if (threadIdx.x == 0) m.work.start_direction(s, k);
+    for (int64_t k = m.work.block.read().k_begin; k < m.work.block.read().k_end; ++k) {
+      if (threadIdx.x == 0) {
+        m.work.tile.write().start_direction(s, k);
+        m.work.tile.write().move_to(0, G::kTokens);
+      }
       __syncthreads();
-      int64_t first = 0;
-      do {  // at least once: an empty direction still hands its initial state on
-        forward_tile<G>(m, s, first);
-        first += G::kTokens;
-      } while (first < m.work.tile.direction.length);
+      for (;;) {  // at least one tile: an empty direction still hands its initial state on
+        forward_tile<G>(m, s);
+        const int64_t next = m.work.tile.read().first + G::kTokens;
+        const bool done = next >= m.work.tile.read().direction.length;
+        __syncthreads();
+        if (done) break;
+        if (threadIdx.x == 0) m.work.tile.write().move_to(next, G::kTokens);
+        __syncthreads();
+      }
     }
     __syncthreads();
   }

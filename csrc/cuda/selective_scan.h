@@ -29,6 +29,7 @@ cudaError_t selective_scan_backward(const SelectiveScan&, const SelectiveScanGra
 
 // The partial sums of a varying B or C to its gradient (batch, out_directions, groups, rows, columns, states): over the channel
 // blocks and, where out_directions is 1, over the directions that visit the pixel.
-cudaError_t sum_projection(const SelectiveScan&, const void* parts, int64_t count, int64_t out_directions, void* out, cudaStream_t);
+cudaError_t sum_projection(const SelectiveScan&, const void* parts, int64_t count, int64_t out_directions, void* out,
+                           cudaStream_t);
 
 }  // namespace iumad::cuda

@@ -6,7 +6,11 @@ namespace iumad::cuda {
 namespace {
 
 template <class F, int kLanes>
-using BackwardGeometry = Geometry<F, kLanes, kLanes == 8 ? 4 : 2>;
+using BackwardGeometry = Geometry<F, kLanes, sizeof(F) == 8 || kLanes == 32 ? 128 : 256, kLanes == 8 ? 4 : 2>;
+
+// Resident blocks per multiprocessor the registers are limited for: 16 warps; 8 in double.
+template <class G>
+constexpr int kResident = (sizeof(typename G::F) == 8 ? 256 : 512) / G::kThreads;
 
 template <class G>
 struct BackwardShared {
@@ -41,7 +45,8 @@ __device__ inline F sum_lanes(F x) {
 // Adds the channels of a warp up: with 8 lanes a channel, each of its 4 channels ends up with a quarter of the 16 sums (dB of
 // its 8 tokens, then dC), with 32 lanes there is nothing to add. Writes them to the warp's rows of scratch.
 template <class G, class F>
-__device__ inline void store_sums(BackwardShared<G>& m, const Items<G>& me, int n, const F (&dB)[G::kItems], const F (&dC)[G::kItems]) {
+__device__ inline void store_sums(BackwardShared<G>& m, const Items<G>& me, int n, const F (&dB)[G::kItems],
+                                  const F (&dC)[G::kItems]) {
   const int warp = threadIdx.x / 32, row = (warp * 2 * G::kGroup + n) * G::kPitch;
   constexpr int kC = G::kGroup * G::kPitch;
   if constexpr (G::kLanes == 32) {
@@ -132,10 +137,11 @@ __device__ void backward_state(BackwardShared<G>& m, const SelectiveScan& s, Bac
 
 // Adds the warps up and writes this block's part of the gradient of a varying B (which = 0) or C (1), in scan order.
 template <class G>
-__device__ void store_projection(const BackwardShared<G>& m, const SelectiveScan& s, void* partial, int which, int64_t n0, int states) {
+__device__ void store_projection(const BackwardShared<G>& m, const SelectiveScan& s, void* partial, int which, int64_t n0,
+                                 int states) {
   using F = typename G::F;
-  const Tile& tile = m.work.tile;
-  const ChannelBlock& b = m.work.block;
+  const Tile& tile = m.work.tile.read();
+  const ChannelBlock& b = m.work.block.read();
   const int64_t slice = ((b.part * s.batch + b.batch) * s.order.directions() + tile.k) * s.groups + b.group;
   F* out = static_cast<F*>(partial) + (slice * s.order.max_length() + tile.first) * s.states + n0;
   for (int i = threadIdx.x; i < tile.count * states; i += G::kThreads) {
@@ -152,8 +158,8 @@ template <class G, bool kGate>
 __device__ void backward_group(BackwardShared<G>& m, const SelectiveScan& s, const SelectiveScanGradients& d, BackwardItems<G>& t,
                                bool last_tile, int64_t n0) {
   using F = typename G::F;
-  const Tile& tile = m.work.tile;
-  const ChannelBlock& b = m.work.block;
+  const Tile& tile = m.work.tile.read();
+  const ChannelBlock& b = m.work.block.read();
   const int states = int(s.states - n0 < G::kGroup ? s.states - n0 : G::kGroup);
   const int64_t parameters = (tile.k * s.dim + b.channel) * s.states;
   const int64_t partial = ((b.batch * s.order.directions() + tile.k) * s.dim + b.channel) * s.states;
@@ -190,15 +196,13 @@ __device__ void backward_group(BackwardShared<G>& m, const SelectiveScan& s, con
 }
 
 template <class G, bool kGate>
-__device__ void backward_tile(BackwardShared<G>& m, const SelectiveScan& s, const SelectiveScanGradients& d, int64_t first,
-                              bool last_tile, typename G::F* dD, typename G::F* dbias) {
+__device__ void backward_tile(BackwardShared<G>& m, const SelectiveScan& s, const SelectiveScanGradients& d, bool last_tile,
+                              typename G::F* dD, typename G::F* dbias) {
   using F = typename G::F;
   constexpr int kItems = G::kItems, kOther = BackwardShared<G>::kTile;
-  const Tile& tile = m.work.tile;
-  const ChannelBlock& b = m.work.block;
+  const Tile& tile = m.work.tile.read();
+  const ChannelBlock& b = m.work.block.read();
   BackwardItems<G> t;
-  if (threadIdx.x == 0) m.work.start_tile(first, G::kTokens);
-  __syncthreads();
   m.pixels.locate(tile);
   __syncthreads();
   load_tile<G>(m.scratch, 0, s, s.u, s.dim, m.pixels, tile, b);
@@ -258,23 +262,30 @@ __device__ void backward_tile(BackwardShared<G>& m, const SelectiveScan& s, cons
 }
 
 template <class G, bool kGate>
-__global__ void __launch_bounds__(G::kThreads, G::kBackwardBlocks)
+__global__ void __launch_bounds__(G::kThreads, kResident<G>)
     selective_scan_backward_kernel(const __grid_constant__ SelectiveScan s, const __grid_constant__ SelectiveScanGradients d) {
   using F = typename G::F;
   __shared__ BackwardShared<G> m;
   const int64_t blocks = block_count<G>(s);
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-    if (threadIdx.x == 0) m.work.block = channel_block<G>(s, block);
+    if (threadIdx.x == 0) m.work.block.write() = channel_block<G>(s, block);
     __syncthreads();
-    const ChannelBlock& b = m.work.block;
+    const ChannelBlock& b = m.work.block.read();
     for (int64_t k = b.k_begin; k < b.k_end; ++k) {
-      if (threadIdx.x == 0) m.work.start_direction(s, k);
+      if (threadIdx.x == 0) {
+        Tile& tile = m.work.tile.write();
+        tile.start_direction(s, k);
+        tile.move_to(tile.direction.length > 0 ? (tile.direction.length - 1) / G::kTokens * G::kTokens : 0, G::kTokens);
+      }
       __syncthreads();
       F dD = 0, dbias = 0;
-      const int64_t length = m.work.tile.direction.length;
-      const int64_t last = length > 0 ? (length - 1) / G::kTokens * G::kTokens : 0;
-      for (int64_t first = last; first >= 0; first -= G::kTokens) {
-        backward_tile<G, kGate>(m, s, d, first, first == last, &dD, &dbias);
+      for (bool last_tile = true;; last_tile = false) {
+        backward_tile<G, kGate>(m, s, d, last_tile, &dD, &dbias);
+        const int64_t next = m.work.tile.read().first - G::kTokens;
+        __syncthreads();
+        if (next < 0) break;
+        if (threadIdx.x == 0) m.work.tile.write().move_to(next, G::kTokens);
+        __syncthreads();
       }
       dD = sum_lanes<G>(dD);
       dbias = sum_lanes<G>(dbias);

@@ -7,8 +7,8 @@ namespace {
 
 // One thread per element of out (batch, out_directions, groups, rows, columns, states).
 template <class F>
-__global__ void sum_projection_kernel(const __grid_constant__ SelectiveScan s, const F* parts, int64_t count, int64_t out_directions,
-                                      F* out, int64_t size) {
+__global__ void sum_projection_kernel(const __grid_constant__ SelectiveScan s, const F* parts, int64_t count,
+                                      int64_t out_directions, F* out, int64_t size) {
   const int64_t K = s.order.directions(), length = s.order.max_length(), part = s.batch * K * s.groups * length * s.states;
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < size; i += stride) {
@@ -34,11 +34,12 @@ __global__ void sum_projection_kernel(const __grid_constant__ SelectiveScan s, c
 }
 
 template <class F>
-cudaError_t run(const SelectiveScan& s, const void* parts, int64_t count, int64_t out_directions, void* out, cudaStream_t stream) {
+cudaError_t run(const SelectiveScan& s, const void* parts, int64_t count, int64_t out_directions, void* out,
+                cudaStream_t stream) {
   constexpr int kThreads = 128;
   const int64_t size = s.batch * out_directions * s.groups * s.order.rows * s.order.columns * s.states;
-  return launch(sum_projection_kernel<F>, (size + kThreads - 1) / kThreads, kThreads, stream, s, static_cast<const F*>(parts), count,
-                out_directions, static_cast<F*>(out), size);
+  return launch(sum_projection_kernel<F>, (size + kThreads - 1) / kThreads, kThreads, stream, s, static_cast<const F*>(parts),
+                count, out_directions, static_cast<F*>(out), size);
 }
 
 }  // namespace

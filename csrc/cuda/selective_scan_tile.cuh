@@ -17,17 +17,14 @@ namespace iumad::cuda {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-template <class Float, int kLanesPerChannel, int kStatesPerGroup>
+template <class Float, int kLanesPerChannel, int kThreadsPerBlock, int kStatesPerGroup>
 struct Geometry {
   using F = Float;
   static constexpr int kLanes = kLanesPerChannel;
   static constexpr int kGroup = kStatesPerGroup;  // states whose coefficients are in shared memory at a time
   static constexpr int kItems = 8;
-  static constexpr int kThreads = sizeof(F) == 8 || kLanes == 32 ? 128 : 256;
+  static constexpr int kThreads = kThreadsPerBlock;
   static constexpr int kWarps = kThreads / 32;
-  // Resident blocks per multiprocessor the registers are limited for: enough warps to hide latency, no spills.
-  static constexpr int kForwardBlocks = (sizeof(F) == 8 ? 384 : 768) / kThreads;
-  static constexpr int kBackwardBlocks = (sizeof(F) == 8 ? 256 : 512) / kThreads;
   static constexpr int kChannels = kThreads / kLanes;
   static constexpr int kTokens = kLanes * kItems;
   static_assert(kTokens % kTile == 0);
@@ -86,23 +83,24 @@ struct Tile {
   ScanDirection direction;
   int64_t k, first;
   int count;
+
+  __device__ void start_direction(const SelectiveScan& s, int64_t number) {
+    direction = s.order.direction(number);
+    k = number;
+    first = 0;
+  }
+  __device__ void move_to(int64_t token, int tokens) {
+    const int64_t left = direction.length - token;
+    first = token;
+    count = int(left < tokens ? left : tokens);
+  }
 };
 
-// What all threads of a block know about their work. Lives in shared memory, where it costs no registers: thread 0 writes it
-// between two barriers, all read it.
+// What all threads of a block know about their work. It lives in shared memory, where it costs no registers: thread 0 writes it
+// between two barriers.
 struct Work {
-  ChannelBlock block;
-  Tile tile;
-
-  __device__ void start_direction(const SelectiveScan& s, int64_t k) {
-    tile.direction = s.order.direction(k);
-    tile.k = k;
-  }
-  __device__ void start_tile(int64_t first, int tokens) {
-    const int64_t left = tile.direction.length - first;
-    tile.first = first;
-    tile.count = int(left < tokens ? left : tokens);
-  }
+  SharedObject<ChannelBlock> block;
+  SharedObject<Tile> tile;
 };
 
 template <class G>

@@ -43,6 +43,15 @@ struct alignas(16) SharedArray {
   }
 };
 
+// One object in shared memory, written by one thread between two barriers and read by all.
+template <class T>
+struct SharedObject {
+  T value;
+
+  __device__ const T& read() const { return value; }
+  __device__ T& write() { return value; }
+};
+
 }  // namespace iumad::cuda
 
 #endif

@@ -1,6 +1,5 @@
-#include "sum_parts.h"
-
 #include "launch.cuh"
+#include "sum_parts.h"
 
 namespace iumad::cuda {
 namespace {
@@ -18,8 +17,8 @@ __global__ void sum_parts_kernel(const F* parts, int64_t count, int64_t size, F*
 template <class F>
 cudaError_t run(const void* parts, int64_t count, int64_t size, void* out, cudaStream_t stream) {
   constexpr int kThreads = 128;
-  return launch(sum_parts_kernel<F>, (size + kThreads - 1) / kThreads, kThreads, stream, static_cast<const F*>(parts), count, size,
-                static_cast<F*>(out));
+  return launch(sum_parts_kernel<F>, (size + kThreads - 1) / kThreads, kThreads, stream, static_cast<const F*>(parts), count,
+                size, static_cast<F*>(out));
 }
 
 }  // namespace

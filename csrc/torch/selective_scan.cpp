@@ -1,5 +1,5 @@
-// torch.ops.iumad.selective_scan: the one op behind the 1-D scan, the 2-D scan and the single-step update; its schemas and the CPU
-// implementation.
+// torch.ops.iumad.selective_scan: the one op behind the 1-D scan, the 2-D scan and the single-step update; its schemas and the
+// CPU implementation.
 #include "selective_scan.h"
 
 namespace iumad {
@@ -14,9 +14,10 @@ void run_forward(const SelectiveScan& s) {
   parallel(kernels.forward_tasks(s), [&](int64_t begin, int64_t end) { kernels.forward(s, begin, end); });
 }
 
-ForwardResults forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const std::optional<Tensor>& D, const std::optional<Tensor>& z,
-                                           const std::optional<Tensor>& delta_bias, const std::optional<Tensor>& initial_state,
-                                           int64_t scheme, int64_t step, bool delta_softplus, bool save_states) {
+ForwardResults forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                       const std::optional<Tensor>& D, const std::optional<Tensor>& z, const std::optional<Tensor>& delta_bias,
+                       const std::optional<Tensor>& initial_state, int64_t scheme, int64_t step, bool delta_softplus,
+                       bool save_states) {
   SelectiveScan s = describe(u, delta, A, B, C, D, z, delta_bias, scheme, step, delta_softplus);
   Tensor out = result_like(s, u);
   Tensor last_state = empty(u, {s.batch, s.order.directions(), s.dim, s.states}, compute_type(s));

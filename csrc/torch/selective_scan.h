@@ -2,10 +2,9 @@
 // the results. Arguments arrive checked and normalised by iumad_kernels/ops/selective_scan.py, which documents their shapes.
 #pragma once
 
-#include "../core/selective_scan.h"
-
 #include <tuple>
 
+#include "../core/selective_scan.h"
 #include "common.h"
 
 namespace iumad {
@@ -31,8 +30,8 @@ inline ProjectionView projection_view(const Tensor& t) {
 }
 
 inline SelectiveScan describe(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
-                       const std::optional<Tensor>& D, const std::optional<Tensor>& z, const std::optional<Tensor>& delta_bias,
-                       int64_t scheme, int64_t step, bool delta_softplus) {
+                              const std::optional<Tensor>& D, const std::optional<Tensor>& z,
+                              const std::optional<Tensor>& delta_bias, int64_t scheme, int64_t step, bool delta_softplus) {
   SelectiveScan s{};
   s.batch = u.size(0);
   s.dim = u.size(1);
@@ -56,7 +55,9 @@ inline SelectiveScan describe(const Tensor& u, const Tensor& delta, const Tensor
 inline ScalarType compute_type(const SelectiveScan& s) { return s.is_double ? ScalarType::Double : ScalarType::Float; }
 
 // Directions that meet at a pixel add up there; 16-bit results are added up in float32 and rounded once.
-inline bool accumulates_in_float(const SelectiveScan& s, const Tensor& like) { return s.order.overlaps() && like.element_size() == 2; }
+inline bool accumulates_in_float(const SelectiveScan& s, const Tensor& like) {
+  return s.order.overlaps() && like.element_size() == 2;
+}
 
 inline Tensor result_like(const SelectiveScan& s, const Tensor& like) {
   return accumulates_in_float(s, like) ? torch::stable::to(empty_like(like), ScalarType::Float) : empty_like(like);
@@ -81,8 +82,12 @@ inline Results allocate_results(const SelectiveScan& s, SelectiveScanGradients& 
   const int64_t K = s.order.directions(), delta_directions = delta.size(1);
   const ScalarType compute = compute_type(s);
   const Tensor absent = empty(u, {0}, compute);
-  Results r{result_like(s, u), absent, z ? result_like(s, *z) : absent, empty(u, {s.batch, K, s.dim, s.states}, compute),
-            D ? empty(u, {s.batch, K, s.dim}, compute) : absent, delta_bias ? empty(u, {s.batch, K, s.dim}, compute) : absent};
+  Results r{result_like(s, u),
+            absent,
+            z ? result_like(s, *z) : absent,
+            empty(u, {s.batch, K, s.dim, s.states}, compute),
+            D ? empty(u, {s.batch, K, s.dim}, compute) : absent,
+            delta_bias ? empty(u, {s.batch, K, s.dim}, compute) : absent};
   const bool holes = disjoint(s) && delta_directions > 1;
   if (s.delta_rows == s.dim && !holes) {
     r.delta = delta_directions == 1 ? result_like(s, delta) : empty_like(delta);
@@ -103,9 +108,9 @@ inline Results allocate_results(const SelectiveScan& s, SelectiveScanGradients& 
 
 // The gradients in the order of the op's results; `sum` adds partial sums over their first dimension.
 template <class Sum>
-Gradients finished_results(
-    const SelectiveScan& s, const Results& r, const Tensor& u, const Tensor& delta, const std::optional<Tensor>& z, const Tensor& dB,
-    const Tensor& dC, const Tensor& initial_state, Sum&& sum) {
+Gradients finished_results(const SelectiveScan& s, const Results& r, const Tensor& u, const Tensor& delta,
+                           const std::optional<Tensor>& z, const Tensor& dB, const Tensor& dC, const Tensor& initial_state,
+                           Sum&& sum) {
   return {finished(r.u, u),
           r.delta.size(2) == s.delta_rows ? finished(r.delta, delta) : r.delta,
           sum(r.A),

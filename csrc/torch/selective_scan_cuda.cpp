@@ -1,23 +1,21 @@
 // torch.ops.iumad.selective_scan on the GPU: allocates, and calls the kernels of csrc/cuda on torch's current stream.
 #include "../cuda/selective_scan.h"
-
 #include "common_cuda.h"
 #include "selective_scan.h"
 
 namespace iumad {
 namespace {
 
-Shape tile_states_shape(const SelectiveScan& s) {
-  return {s.batch, s.order.directions(), s.tiles(cuda::kTile), s.states, s.dim};
-}
+Shape tile_states_shape(const SelectiveScan& s) { return {s.batch, s.order.directions(), s.tiles(cuda::kTile), s.states, s.dim}; }
 
 void run_forward(const SelectiveScan& s, const CudaContext& cuda) {
   check(cuda::selective_scan(s, cuda::selective_scan_lanes(s, cuda.multiprocessors), cuda.stream));
 }
 
-ForwardResults forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const std::optional<Tensor>& D, const std::optional<Tensor>& z,
-                                           const std::optional<Tensor>& delta_bias, const std::optional<Tensor>& initial_state,
-                                           int64_t scheme, int64_t step, bool delta_softplus, bool save_states) {
+ForwardResults forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                       const std::optional<Tensor>& D, const std::optional<Tensor>& z, const std::optional<Tensor>& delta_bias,
+                       const std::optional<Tensor>& initial_state, int64_t scheme, int64_t step, bool delta_softplus,
+                       bool save_states) {
   const CudaContext cuda(u);
   SelectiveScan s = describe(u, delta, A, B, C, D, z, delta_bias, scheme, step, delta_softplus);
   Tensor out = result_like(s, u);
@@ -75,8 +73,8 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_las
     check(cuda::sum_projection(s, sums.data_ptr(), parts, t.size(1), out.data_ptr(), cuda.stream));
     return out;
   };
-  return finished_results(s, r, u, delta, z, projection(B, dB), projection(C, dC), has_initial_state ? dh0 : empty(u, {0}, compute),
-                          sum);
+  return finished_results(s, r, u, delta, z, projection(B, dB), projection(C, dC),
+                          has_initial_state ? dh0 : empty(u, {0}, compute), sum);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iumad_kernels import reference
+from iumad_kernels import gpu, reference
 from iumad_kernels.backend import implement, select
 from iumad_kernels.ops.checks import check_divides, check_floating, check_shape
 
@@ -19,13 +19,11 @@ SCHEMES = (
     "es2d",
 )  # the values of ScanScheme in csrc/core/scan_order.h
 _DIRECTIONS = {"row": 1, "row_reverse": 1, "bidirectional": 2, "cross": 4}
-_TILE, _CHUNK = (
-    16,
-    16,
-)  # kScanTile, kScanChunk in csrc/core/selective_scan.h: how the states are saved for backward
+# How the states are saved for backward: kScanTile, kScanChunk in csrc/core/selective_scan.h, kTile in csrc/cuda/selective_scan.h.
+_TILE, _CHUNK, _CUDA_TILE = 16, 16, 64
 
 implement("selective_scan", "cpu")
-implement("selective_scan_2d", "cpu")
+implement("selective_scan_2d", "cpu", torch_op="selective_scan")
 implement("selective_state_update", "cpu")
 
 
@@ -416,8 +414,13 @@ def _fake(
     batch, dim, H, W = u.shape
     K, _, N = A.shape
     compute = _compute_dtype(u)
-    tiles = -(-_max_length(scheme, step, H, W) // _TILE)
-    shape = (batch, K, -(-dim // _CHUNK), tiles, N, _CHUNK) if save_states else (0,)
+    length = _max_length(scheme, step, H, W)
+    if not save_states:
+        shape: tuple[int, ...] = (0,)
+    elif u.device.type == "cuda" and "selective_scan" in gpu.activate().cuda_ops:
+        shape = (batch, K, -(-length // _CUDA_TILE), N, dim)
+    else:
+        shape = (batch, K, -(-dim // _CHUNK), -(-length // _TILE), N, _CHUNK)
     return (
         torch.empty_like(u),
         u.new_empty((batch, K, dim, N), dtype=compute),

@@ -61,7 +61,9 @@ def test_emulator(cases: Path, case: str, found: str) -> None:
 
 def test_kernels_under_emulation() -> None:
     """scan_cases.py, in a process with the sanitizers' run-time library."""
-    preload = " ".join(_library(name) for name in ("libasan.so", "libstdc++.so.6"))  # in this order, for exceptions
+    preload = " ".join(
+        _library(name) for name in ("libasan.so", "libstdc++.so.6")
+    )  # in this order, for exceptions
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "scan_cases.py")],
         capture_output=True,

@@ -81,12 +81,31 @@ class SharedArray : emulation::SharedMemory {
     check_bounds(i);
     Cell& cell = cells_[i];
     if (concurrent(cell.write)) fail("race: written by this and another thread (" + std::to_string(cell.write.thread) + "):", i);
-    if (concurrent(cell.read)) fail("race: written while another thread (such as " + std::to_string(cell.read.thread) + ") reads", i);
+    if (concurrent(cell.read))
+      fail("race: written while another thread (such as " + std::to_string(cell.read.thread) + ") reads", i);
     cell.write = {e().epoch, e().warp_epoch[e().current->warp], e().current->number};
   }
 
   alignas(16) T data_[kSize];
   mutable Cell cells_[kSize];
+};
+
+// One object in shared memory, checked as a whole where a reference to it is taken.
+template <class T>
+class SharedObject {
+ public:
+  const T& read() const {
+    static_cast<void>(cell_[0]);
+    return value_;
+  }
+  T& write() {
+    cell_.put(0, 0);
+    return value_;
+  }
+
+ private:
+  SharedArray<int, 1> cell_;
+  T value_;
 };
 
 }  // namespace iumad::cuda

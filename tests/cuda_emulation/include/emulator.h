@@ -1,7 +1,8 @@
 // Runs CUDA kernels on the CPU, one block after the other, its threads as fibers, and checks what a GPU would let pass:
 //
 // - a barrier that not all threads of the block reach, or that they reach at different places;
-// - warp collectives whose mask lacks the caller, differs between lanes, names lanes that have ended, or that read a lane outside it;
+// - warp collectives whose mask lacks the caller, differs between lanes, names lanes that have ended, or that read a lane outside
+// it;
 // - shared memory read before it is written, used out of bounds, or used by two threads without a barrier between
 //   (checked_shared_array.h);
 // - threads that wait for each other for ever.
@@ -108,13 +109,15 @@ class Emulator {
     me.state = Thread::kInWarp;
     bool complete = true;
     for_lanes(mask, [&](Thread* other, unsigned lane) {
-      if (other == nullptr) fail("a mask " + hex(mask) + " that names lane " + std::to_string(lane) + ", which does not exist", where);
+      if (other == nullptr)
+        fail("a mask " + hex(mask) + " that names lane " + std::to_string(lane) + ", which does not exist", where);
       if (other->state == Thread::kDone) fail("a mask that names lane " + std::to_string(lane) + ", which has ended", where);
       if (other->state != Thread::kInWarp) {
         complete = false;
       } else if (other->mask != mask || other->collective != collective) {
         fail("lanes of a warp in different collectives: lane " + std::to_string(lane) + " is at " + place(other->where) +
-                 " with mask " + hex(other->mask) + ", not " + hex(mask), where);
+                 " with mask " + hex(other->mask) + ", not " + hex(mask),
+             where);
       }
     });
     if (complete) {
@@ -122,7 +125,8 @@ class Emulator {
       for_lanes(mask, [&](Thread* t, unsigned lane) { votes |= uint64_t(t->value != 0) << lane; });
       for_lanes(mask, [&](Thread* t, unsigned lane) {
         if (collective == Collective::kShuffle && !(mask >> t->source & 1))
-          fail("lane " + std::to_string(lane) + " shuffles from lane " + std::to_string(t->source) + ", which its mask lacks", where);
+          fail("lane " + std::to_string(lane) + " shuffles from lane " + std::to_string(t->source) + ", which its mask lacks",
+               where);
         t->result = collective == Collective::kShuffle ? threads_[t->warp * 32 + t->source].value : votes;
         t->state = Thread::kReady;
       });
@@ -214,7 +218,8 @@ class Emulator {
       for (unsigned n = 0; n < count_; ++n) {
         Thread& t = threads_[n];
         if (t.where.line() != waits->where.line() || std::strcmp(t.where.file_name(), waits->where.file_name()) != 0)
-          throw Error("divergent barrier: " + describe(t) + " is at " + place(t.where) + ", " + describe(*waits) + " at " + place(waits->where));
+          throw Error("divergent barrier: " + describe(t) + " is at " + place(t.where) + ", " + describe(*waits) + " at " +
+                      place(waits->where));
         t.state = Thread::kReady;
       }
       ++epoch;
@@ -223,7 +228,8 @@ class Emulator {
     } else if (ran == 0) {
       for (unsigned n = 0; n < count_; ++n)
         if (threads_[n].state == Thread::kInWarp)
-          throw Error("deadlock: " + describe(threads_[n]) + " waits at " + place(threads_[n].where) + " for lanes of mask " + hex(threads_[n].mask));
+          throw Error("deadlock: " + describe(threads_[n]) + " waits at " + place(threads_[n].where) + " for lanes of mask " +
+                      hex(threads_[n].mask));
     }
     return true;
   }

@@ -32,8 +32,9 @@ Run = Callable[[], Any]
 class Case:
     """One shape of one op.
 
-    `build` returns the contenders by name, ours under "iumad"; calling one computes and returns its outputs (a tensor or a sequence of
-    arrays). `expected` returns the float64 outputs they are compared with (RMS ratio <= `tolerance`) before anything is timed.
+    `build` returns the contenders by name, ours under "iumad"; calling one computes and returns its outputs (a tensor or
+    a sequence of arrays). `expected` returns the float64 outputs they are compared with before anything is timed (RMS
+    ratio <= `tolerance`).
     """
 
     name: str

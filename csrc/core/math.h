@@ -36,7 +36,7 @@ constexpr F kRoundMagic = sizeof(F) == 8 ? F(0x1.8p52) : F(0x1.8p23);  // adding
 }  // namespace detail
 
 // 2^(a b), relative error < 2e-7 (float; where the instruction set lacks FMA or scalef, plus the rounding of a b), < 4e-16 (1 +
-// |a b|) (double). Without scalef, results under the smallest normal number are replaced by it. inf and NaN propagate as in
+// |a b|) (double). Without scalef, results under the smallest normal number are 0. inf and NaN propagate as in
 // std::exp2.
 template <class F>
 inline Vec<F> exp2_product(Vec<F> a, Vec<F> b) {
@@ -56,11 +56,10 @@ inline Vec<F> exp2_product(Vec<F> a, Vec<F> b) {
   constexpr int kMantissaBits = sizeof(F) == 8 ? 52 : 23;
   const V lowest = broadcast(F(sizeof(F) == 8 ? -1022 : -126)), highest = broadcast(F(sizeof(F) == 8 ? 1024 : 128));
   V x = a * b;
-  x = x < lowest ? lowest : x;  // written so that NaN stays NaN
-  x = x > highest ? highest : x;
+  x = x > highest ? highest : x;  // written so that NaN stays NaN
   const V shifted = x + magic;
   const V p = detail::exp2_fraction(x - (shifted - magic));
-  return (V)((I)p + ((I)shifted << kMantissaBits));
+  return x < lowest ? V{} : (V)((I)p + ((I)shifted << kMantissaBits));
 #endif
 }
 

@@ -5,8 +5,12 @@
 namespace iumad {
 namespace {
 
-Shape tile_states_shape(const SelectiveScan& s) {
-  return {s.batch, s.order.directions(), s.chunks(), s.tiles(), s.states, kScanChunk};
+// Zeroed where the last chunk has lanes without a channel, or es2d sub-grids differ in size, so that no value is left undefined.
+Tensor new_tile_states(const SelectiveScan& s, const Tensor& u) {
+  const Shape shape = {s.batch, s.order.directions(), s.chunks(), s.tiles(), s.states, kScanChunk};
+  const bool uneven =
+      s.order.scheme == ScanScheme::kEs2d && (s.order.rows % s.order.step != 0 || s.order.columns % s.order.step != 0);
+  return s.dim % kScanChunk != 0 || uneven ? zeros(u, shape, compute_type(s)) : empty(u, shape, compute_type(s));
 }
 
 void run_forward(const SelectiveScan& s) {
@@ -21,7 +25,7 @@ ForwardResults forward(const Tensor& u, const Tensor& delta, const Tensor& A, co
   SelectiveScan s = describe(u, delta, A, B, C, D, z, delta_bias, scheme, step, delta_softplus);
   Tensor out = result_like(s, u);
   Tensor last_state = empty(u, {s.batch, s.order.directions(), s.dim, s.states}, compute_type(s));
-  Tensor tile_states = empty(u, save_states ? tile_states_shape(s) : Shape{0}, compute_type(s));
+  Tensor tile_states = save_states ? new_tile_states(s, u) : empty(u, {0}, compute_type(s));
   s.out = grid_view(out);
   s.last_state = state_view(last_state);
   if (initial_state) s.initial_state = state_view(*initial_state);

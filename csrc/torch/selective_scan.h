@@ -81,13 +81,13 @@ inline Results allocate_results(const SelectiveScan& s, SelectiveScanGradients& 
                                 const std::optional<Tensor>& delta_bias) {
   const int64_t K = s.order.directions(), delta_directions = delta.size(1);
   const ScalarType compute = compute_type(s);
-  const Tensor absent = empty(u, {0}, compute);
+  const auto absent = [&] { return empty(u, {0}, compute); };  // results must not share memory
   Results r{result_like(s, u),
-            absent,
-            z ? result_like(s, *z) : absent,
+            absent(),
+            z ? result_like(s, *z) : absent(),
             empty(u, {s.batch, K, s.dim, s.states}, compute),
-            D ? empty(u, {s.batch, K, s.dim}, compute) : absent,
-            delta_bias ? empty(u, {s.batch, K, s.dim}, compute) : absent};
+            D ? empty(u, {s.batch, K, s.dim}, compute) : absent(),
+            delta_bias ? empty(u, {s.batch, K, s.dim}, compute) : absent()};
   const bool holes = disjoint(s) && delta_directions > 1;
   if (s.delta_rows == s.dim && !holes) {
     r.delta = delta_directions == 1 ? result_like(s, delta) : empty_like(delta);

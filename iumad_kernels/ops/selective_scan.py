@@ -167,13 +167,7 @@ def selective_scan_2d(
     """
     op = "selective_scan_2d"
     check_floating(op, u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
-    if scheme not in SCHEMES or scheme == "row_reverse":
-        raise ValueError(
-            f"{op}: scheme = {scheme!r}, expected one of 'es2d', 'cross', 'row', 'bidirectional'"
-        )
-    if not isinstance(step, int) or step < 1:
-        raise ValueError(f"{op}: step = {step!r}, expected an integer >= 1")
-    K = step * step if scheme == "es2d" else _DIRECTIONS[scheme]
+    K = directions(scheme, step)
     check_shape(op, "u", u, (None, None, None, None), legend="(batch, dim, H, W)")
     batch, dim, H, W = u.shape
     check_shape(
@@ -320,6 +314,15 @@ def selective_state_update(
     elif flat.data_ptr() != state.data_ptr():
         state.copy_(flat.view_as(state))
     return out.reshape(x.shape)
+
+
+def directions(scheme: str, step: int = 2) -> int:
+    """K, the number of directions of a scheme of :func:`selective_scan_2d`."""
+    if scheme not in SCHEMES or scheme == "row_reverse":
+        raise ValueError(f"scheme = {scheme!r}, expected one of 'es2d', 'cross', 'row', 'bidirectional'")
+    if not isinstance(step, int) or step < 1:
+        raise ValueError(f"step = {step!r}, expected an integer >= 1")
+    return step * step if scheme == "es2d" else _DIRECTIONS[scheme]
 
 
 def _check_parameters(
@@ -526,3 +529,13 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_last_state: Tensor | None,
 
 
 torch.library.register_autograd("iumad::selective_scan", _backward, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "selective_scan_backward has no derivative of its own: for second derivatives run the scan under "
+        'iumad_kernels.backend("reference")'
+    )
+
+
+torch.library.register_autograd("iumad::selective_scan_backward", _no_second_derivative)

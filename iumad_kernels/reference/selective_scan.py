@@ -39,7 +39,7 @@ def selective_scan(
         dt = delta[:, :, t, None]
         h = torch.exp(dt * A) * h + dt * B[..., t] * u[:, :, t, None]
         outputs[t] = (h * C[..., t]).sum(-1)
-    y = torch.stack(outputs, dim=-1) if length else torch.zeros_like(u)
+    y = torch.stack(outputs, dim=-1) if length else u
     if D is not None:
         y = y + D.to(compute)[:, None] * u
     if z is not None:
@@ -139,16 +139,15 @@ def selective_state_update(
         heads = 1
         x, dt, z = x[:, None], dt[:, None], None if z is None else z[:, None]
         A, D, dt_bias = A[None], None if D is None else D[None], None if dt_bias is None else dt_bias[None]
-        B, C = B.unsqueeze(1) if B.dim() == 2 else B, C.unsqueeze(1) if C.dim() == 2 else C
-    groups = B.shape[1]
+    B, C = (p.unsqueeze(1) if p.dim() == 2 else p for p in (B, C))
     rows = state if state_batch_indices is None else state[state_batch_indices]
     h = (rows if has_heads else rows[:, None]).to(compute)
     step = dt.to(compute) + (0 if dt_bias is None else dt_bias.to(compute))
     step = (F.softplus(step) if dt_softplus else step)[..., None]
     if has_heads:
-        B, C = (p.to(compute).repeat_interleave(heads // groups, dim=1)[:, :, None] for p in (B, C))
+        B, C = (p.to(compute).repeat_interleave(heads // p.shape[1], dim=1)[:, :, None] for p in (B, C))
     else:
-        B, C = (p.to(compute).repeat_interleave(x.shape[2] // groups, dim=1)[:, None] for p in (B, C))
+        B, C = (p.to(compute).repeat_interleave(x.shape[2] // p.shape[1], dim=1)[:, None] for p in (B, C))
     h = torch.exp(step * A.to(compute)) * h + step * B * x.to(compute)[..., None]
     y = (h * C).sum(-1)
     if D is not None:

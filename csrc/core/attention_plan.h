@@ -17,6 +17,10 @@ inline auto with_products([[maybe_unused]] const CrossAttention& s, Body&& f) {
 #endif
 }
 
+struct TaskRange {
+  int64_t batch, key_head, first, count;  // queries [first, first + count); key_head means nothing where a task walks over all
+};
+
 struct AttentionPlan {
   int64_t chunk;      // queries of a task
   int64_t chunks;     // tasks per key head
@@ -24,6 +28,10 @@ struct AttentionPlan {
   int64_t row_block;  // queries whose scores are held at a time
   bool all_heads;     // a task walks over all heads (the weights are averaged over them)
 
+  TaskRange range(const CrossAttention& s, int64_t task) const {
+    const int64_t head = task / chunks, first = task % chunks * chunk, heads = all_heads ? 1 : s.key_heads;
+    return {head / heads, head % heads, first, s.queries - first < chunk ? s.queries - first : chunk};
+  }
   int64_t tasks(const CrossAttention& s) const { return s.batch * (all_heads ? 1 : s.key_heads) * chunks; }
 };
 

@@ -62,6 +62,15 @@ inline void load_bias(F* bias, const MaskView& mask, const KeyBlock& block, int6
   });
 }
 
+// Lane mask: the first `count` lanes (none if it is negative).
+template <class F>
+inline Vec<IntOf<F>> first_lanes(int64_t count) {
+  using I = Vec<IntOf<F>>;
+  I lane;
+  for (int i = 0; i < kLanes<F>; ++i) lane[i] = IntOf<F>(i);
+  return lane < I{} + IntOf<F>(count < kLanes<F> ? count : kLanes<F>);
+}
+
 // row = factor * row + bias over the visible keys, -inf over the rest of the row; returns the maximum (-inf if nothing is seen).
 template <class F>
 inline F scale_row(F* row, int64_t padded, int64_t visible, F factor, const F* bias) {
@@ -80,20 +89,37 @@ inline F scale_row(F* row, int64_t padded, int64_t visible, F factor, const F* b
     for (; j + n <= visible; j += n) step(j, load(row + j) * scale);
   }
   for (; j < padded; j += n) {
-    F tail[n];
-    for (int k = 0; k < n; ++k) tail[k] = j + k < visible ? F(row[j + k] * factor + (bias ? bias[j + k] : F(0))) : -kInfinity<F>;
-    step(j, load(tail));
+    const V x = fma(load(row + j), scale, bias ? load(bias + j) : V{});
+    step(j, first_lanes<F>(visible - j) ? x : lowest);
   }
   return max_lanes<F>(best);
 }
 
-// row = 2^(row - shift); returns the sum.
+// Maximum over the visible keys; the rest of the row becomes -inf.
 template <class F>
-inline F exp_row(F* row, int64_t padded, F shift) {
-  const Vec<F> offset = broadcast(shift);
+inline F max_row(F* row, int64_t padded, int64_t visible) {
+  const Vec<F> lowest = broadcast(-kInfinity<F>);
+  Vec<F> best = lowest;
+  int64_t j = 0;
+  for (; j + kLanes<F> <= visible; j += kLanes<F>) {
+    const Vec<F> x = load(row + j);
+    best = x > best ? x : best;
+  }
+  for (; j < padded; j += kLanes<F>) {
+    const Vec<F> x = first_lanes<F>(visible - j) ? load(row + j) : lowest;
+    store<F>(row + j, x);
+    best = x > best ? x : best;
+  }
+  return max_lanes<F>(best);
+}
+
+// row = 2^(factor * row - shift); returns the sum. The factor is positive.
+template <class F>
+inline F exp_row(F* row, int64_t padded, F factor, F shift) {
+  const Vec<F> scale = broadcast(factor), offset = broadcast(-shift);
   Vec<F> sum{};
   for (int64_t j = 0; j < padded; j += kLanes<F>) {
-    const Vec<F> p = exp2_to_zero<F>(load(row + j) - offset);
+    const Vec<F> p = exp2_to_zero<F>(fma(load(row + j), scale, offset));
     store<F>(row + j, p);
     sum += p;
   }

@@ -50,19 +50,32 @@ class Forward {
         factor_(scratch_.take<F>(keys_ + kPhiloxBlock)),
         dropout_(s, scratch_.take<uint32_t>(Dropout<F>::words(keys_))) {}
 
-  void run(int64_t task) {
-    const int64_t chunk = task % plan_.chunks, head = task / plan_.chunks;
-    const int64_t b = plan_.all_heads ? head : head / s_.key_heads;
-    first_ = chunk * plan_.chunk;
-    count_ = s_.queries - first_ < plan_.chunk ? s_.queries - first_ : plan_.chunk;
+  // `next`: the task after this one on the same thread, or -1.
+  void run(int64_t task, int64_t next) {
+    const TaskRange range = plan_.range(s_, task);
+    first_ = range.first;
+    count_ = range.count;
     if (plan_.all_heads) {
-      for (int64_t h = 0; h < s_.key_heads; ++h) run_head(b, h);
+      prefetcher_.start(0);
+      for (int64_t h = 0; h < s_.key_heads; ++h) run_head(range.batch, h);
     } else {
-      run_head(b, head % s_.key_heads);
+      prefetch(range.batch, range.key_head, next);
+      run_head(range.batch, range.key_head);
     }
   }
 
  private:
+  void prefetch(int64_t b, int64_t key_head, int64_t next) {
+    const int64_t head = key_head * s_.group();
+    prefetcher_.start(s_.group() * count_);
+    prefetcher_.add(rows_of(s_.out, b, head, first_, count_, s_.value_dim), true);
+    if (next < 0) return;
+    const TaskRange n = plan_.range(s_, next);
+    prefetcher_.add(rows_of(s_.query, n.batch, n.key_head * s_.group(), n.first, n.count, s_.dim));
+    prefetcher_.add(rows_of(s_.key, n.batch, n.key_head, 0, s_.keys, s_.dim));
+    prefetcher_.add(rows_of(s_.value, n.batch, n.key_head, 0, s_.keys, s_.value_dim));
+  }
+
   void run_head(int64_t b, int64_t key_head) {
     for (int64_t g = 0; g < s_.group(); ++g)
       load_rows(query_ + g * plan_.chunk * ld_query_, ld_query_, plan_.chunk, dim_,
@@ -93,7 +106,10 @@ class Forward {
     }
     P::multiply(count, block.padded, s_.dim, P::left_from_rows(query_ + row * ld_query_, ld_query_), key, score_, ld_score_,
                 false);
-    for (int64_t r = 0; r < count; ++r) softmax_row(b, head, i + r, row + r, block, score_ + r * ld_score_);
+    for (int64_t r = 0; r < count; ++r) {
+      softmax_row(b, head, i + r, row + r, block, score_ + r * ld_score_);
+      prefetcher_.step();
+    }
     const auto left = P::left_from_scores(score_, ld_score_, count, block.padded, score_form_);
     P::multiply(count, value_dim_, block.count, left, value, out_ + row * ld_out_, ld_out_, block.first > 0);
   }
@@ -102,10 +118,14 @@ class Forward {
     const int64_t query = first_ + i;
     const F factor = F(s_.scale) * kLog2E<F>;
     if (s_.mask.data) load_bias(bias_, s_.mask, block, b, head, query);
-    F best = scale_row<F>(score, block.padded, visible_keys(s_, block, query), factor, s_.mask.data ? bias_ : nullptr);
+    const int64_t visible = visible_keys(s_, block, query);
+    // Without a mask the scaling is left to exp_row.
+    const bool plain = !s_.mask.data && factor > F(0);
+    F best = plain ? factor * max_row<F>(score, block.padded, visible)
+                   : scale_row<F>(score, block.padded, visible, factor, s_.mask.data ? bias_ : nullptr);
     if (best < max_[row]) best = max_[row];
     const F shift = best == -kInfinity<F> ? F(0) : best;  // nothing seen yet: 2^(-inf - 0) = 0, where -inf - -inf would be NaN
-    const F sum = exp_row(score, block.padded, shift);
+    const F sum = exp_row(score, block.padded, plain ? factor : F(1), shift);
     if (block.first > 0) {
       const F shrink = max_[row] == -kInfinity<F> ? F(0) : exp2(max_[row] - shift);
       sum_[row] *= shrink;
@@ -153,6 +173,7 @@ class Forward {
   T *query_, *key_, *value_, *key_form_, *value_form_, *score_form_;
   F *score_, *out_, *max_, *sum_, *bias_, *factor_;
   Dropout<F> dropout_;
+  Prefetcher prefetcher_;
   int64_t first_ = 0, count_ = 0;  // the chunk's queries
 };
 
@@ -165,7 +186,7 @@ void forward(const CrossAttention& s, int64_t begin, int64_t end) {
     using P = decltype(products);
     [[maybe_unused]] const typename P::Session session;
     Forward<P> run(s);
-    for (int64_t task = begin; task < end; ++task) run.run(task);
+    for (int64_t task = begin; task < end; ++task) run.run(task, task + 1 < end ? task + 1 : -1);
   });
 }
 

@@ -51,15 +51,18 @@ class Backward {
         factor_(scratch_.take<F>(keys_ + kPhiloxBlock)),
         dropout_(s, scratch_.take<uint32_t>(Dropout<F>::words(keys_))) {}
 
-  void run(int64_t task) {
+  // `next`: the task after this one on the same thread, or -1.
+  void run(int64_t task, int64_t next) {
+    const TaskRange range = plan_.range(s_, task);
     chunk_ = task % plan_.chunks;
-    const int64_t head = task / plan_.chunks, b = plan_.all_heads ? head : head / s_.key_heads;
-    first_ = chunk_ * plan_.chunk;
-    count_ = s_.queries - first_ < plan_.chunk ? s_.queries - first_ : plan_.chunk;
+    first_ = range.first;
+    count_ = range.count;
     if (plan_.all_heads) {
-      for (int64_t h = 0; h < s_.key_heads; ++h) run_head(b, h);
+      prefetcher_.start(0);
+      for (int64_t h = 0; h < s_.key_heads; ++h) run_head(range.batch, h);
     } else {
-      run_head(b, head % s_.key_heads);
+      prefetch(range.batch, range.key_head, next);
+      run_head(range.batch, range.key_head);
     }
   }
 
@@ -77,6 +80,22 @@ class Backward {
            Scratch::bytes<F>(dim_ * ld_score_) + Scratch::bytes<F>(value_dim_ * ld_score_) +
            Scratch::bytes<F>((keys_ > plan_.chunk ? keys_ : plan_.chunk) * ld_row_ * 2) + Scratch::bytes<F>(rows_) +
            2 * Scratch::bytes<F>(keys_ + kPhiloxBlock) + Scratch::bytes<uint32_t>(Dropout<F>::words(keys_));
+  }
+
+  void prefetch(int64_t b, int64_t key_head, int64_t next) {
+    const int64_t head = key_head * s_.group();
+    prefetcher_.start(s_.group() * count_);
+    prefetcher_.add(rows_of(d_.query, b, head, first_, count_, s_.dim), true);
+    prefetcher_.add(rows_of(with_part(d_.key, d_.key_part), b, key_head, 0, s_.keys, s_.dim), true);
+    prefetcher_.add(rows_of(with_part(d_.value, d_.value_part), b, key_head, 0, s_.keys, s_.value_dim), true);
+    if (next < 0) return;
+    const TaskRange n = plan_.range(s_, next);
+    const int64_t next_head = n.key_head * s_.group();
+    prefetcher_.add(rows_of(s_.query, n.batch, next_head, n.first, n.count, s_.dim));
+    prefetcher_.add(rows_of(s_.out, n.batch, next_head, n.first, n.count, s_.value_dim));
+    prefetcher_.add(rows_of(d_.out, n.batch, next_head, n.first, n.count, s_.value_dim));
+    prefetcher_.add(rows_of(s_.key, n.batch, n.key_head, 0, s_.keys, s_.dim));
+    prefetcher_.add(rows_of(s_.value, n.batch, n.key_head, 0, s_.keys, s_.value_dim));
   }
 
   void run_head(int64_t b, int64_t key_head) {
@@ -138,8 +157,10 @@ class Backward {
     const auto out_grad = P::left_from_rows(out_grad_ + row * ld_value_, ld_value_);
     P::multiply(count, block.padded, s_.dim, query, keys_by_dim_, score_, ld_score_, false);
     P::multiply(count, block.padded, s_.value_dim, out_grad, values_by_dim_, score_grad_, ld_score_, false);
-    for (int64_t r = 0; r < count; ++r)
+    for (int64_t r = 0; r < count; ++r) {
       differentiate_row(b, head, i + r, row + r, block, score_ + r * ld_score_, score_grad_ + r * ld_score_);
+      prefetcher_.step();
+    }
 
     const auto weights = P::right_from_scores(score_, ld_score_, count, block.padded, score_form_);
     P::multiply(s_.value_dim, block.padded, count, out_grad_columns.from_depth(row), weights, value_grad_, ld_score_, true);
@@ -169,16 +190,23 @@ class Backward {
 
     const F lse = static_cast<const F*>(s_.lse)[position];
     const F shift = lse == -kInfinity<F> ? kInfinity<F> : lse * kLog2E<F>;  // nothing seen: P = 0
-    for (int64_t j = 0; j < block.padded; j += kLanes<F>)
-      store<F>(score + j, exp2_to_zero<F>(fma(load(score + j), broadcast(factor), broadcast(-shift))));
-    for (int64_t j = block.count; j < block.padded; ++j) score[j] = F(0);
+    const Vec<F> scale = broadcast(factor), offset = broadcast(-shift);
     F delta = delta_[row];
     if (d_.weights) {
+      for (int64_t j = 0; j < block.padded; j += kLanes<F>)
+        store<F>(score + j, exp2_to_zero<F>(fma(load(score + j), scale, offset)));
       delta = F(0);
       for (int64_t j = 0; j < block.count; ++j) delta += score[j] * grad[j];
+      for (int64_t j = 0; j < block.padded; j += kLanes<F>)
+        store<F>(grad + j, load(score + j) * (load(grad + j) - broadcast(delta)));
+    } else {
+      for (int64_t j = 0; j < block.padded; j += kLanes<F>) {
+        const Vec<F> p = exp2_to_zero<F>(fma(load(score + j), scale, offset));
+        store<F>(score + j, p);
+        store<F>(grad + j, p * (load(grad + j) - broadcast(delta)));
+      }
     }
-    for (int64_t j = 0; j < block.padded; j += kLanes<F>)
-      store<F>(grad + j, load(score + j) * (load(grad + j) - broadcast(delta)));
+    for (int64_t j = block.count; j < block.padded; ++j) score[j] = grad[j] = F(0);
     if (d_.mask) store_mask_grad(b, head, query, block, grad);
     if (drops) multiply_row(score, block.padded, factor_);
   }
@@ -211,6 +239,7 @@ class Backward {
   F *score_, *score_grad_, *query_grad_, *key_grad_, *value_grad_, *row_, *delta_, *bias_, *factor_;
   Dropout<F> dropout_;
   typename P::Right key_rows_{}, keys_by_dim_{}, values_by_dim_{};
+  Prefetcher prefetcher_;
   int64_t chunk_ = 0, first_ = 0, count_ = 0;  // the chunk's queries
 };
 
@@ -229,7 +258,7 @@ void cross_attention_backward(const CrossAttention& s, const CrossAttentionGradi
     using P = decltype(products);
     [[maybe_unused]] const typename P::Session session;
     Backward<P> run(s, d);
-    for (int64_t task = begin; task < end; ++task) run.run(task);
+    for (int64_t task = begin; task < end; ++task) run.run(task, task + 1 < end ? task + 1 : -1);
   });
 }
 

@@ -91,4 +91,44 @@ inline void transpose_rows(F* dst, int64_t ld_dst, const F* src, int64_t ld_src,
   }
 }
 
+// Brings rows near before they are needed: those that the next task will load and those that this one will store, a few at each
+// of `steps` steps of the computation. A head's rows lie far apart in memory; without this every one would be waited for.
+class Prefetcher {
+ public:
+  void start(int64_t steps) { count_ = 0, step_ = 0, steps_ = steps > 0 ? steps : 1; }
+  void add(const Rows& rows, bool to_store = false) {
+    if (rows.column_stride == 1 && rows.rows * rows.columns * size_of(rows.dtype) <= kMostBytes)
+      item_[count_++] = {rows, (rows.rows << kFraction) / steps_, 0, to_store};
+  }
+  void step() {
+    ++step_;
+    for (int i = 0; i < count_; ++i) {
+      Item& item = item_[i];
+      const int64_t end = step_ == steps_ ? item.rows.rows : (step_ * item.rate) >> kFraction;
+      const int64_t stride = item.rows.row_stride * size_of(item.rows.dtype),
+                    bytes = item.rows.columns * size_of(item.rows.dtype);
+      for (; item.next < end; ++item.next) {
+        const char* p = static_cast<const char*>(item.rows.data) + item.next * stride;
+        if (item.to_store) {
+          for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(p + k, 1, 2);
+        } else {
+          for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(p + k, 0, 2);
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kMostBytes = 128 * 1024;
+  static constexpr int kFraction = 16;
+  struct Item {
+    Rows rows;
+    int64_t rate, next;  // rows per step, in units of 2^-kFraction
+    bool to_store;
+  };
+  Item item_[8];
+  int count_ = 0;
+  int64_t steps_ = 1, step_ = 0;
+};
+
 }  // namespace iumad::IUMAD_ISA

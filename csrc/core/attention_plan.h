@@ -35,29 +35,39 @@ struct AttentionPlan {
   int64_t tasks(const CrossAttention& s) const { return s.batch * (all_heads ? 1 : s.key_heads) * chunks; }
 };
 
-// `copies`: matrices of scores held at a time. `weights`: they are wanted or have a gradient.
+// What forward and backward want; measured, see benchmarks/cross_attention.py.
+struct AttentionLimits {
+  int64_t tasks;  // cut the queries of a head until there are so many tasks,
+  int64_t min_chunk,
+      max_chunk;          // but each task has so many queries: every task packs the keys, and in backward leaves partial sums
+  int64_t one_pass_keys;  // up to so many keys are taken at once,
+  int64_t key_block;      // beyond it about so many (a multiple of kPhiloxBlock)
+  int64_t score_copies;   // score matrices held at a time
+};
+
+// `weights`: they are wanted or have a gradient. A row of them is then taken at once, however long.
 template <class P>
-inline AttentionPlan plan_attention(const CrossAttention& s, bool weights, int64_t copies, int64_t max_chunk) {
-  constexpr int64_t kTasks = 48,
-                    kMinChunk = 128;  // enough tasks for many threads, but not at the price of packing keys too often
-  constexpr int64_t kMaxKeys = 1024, kKeyBlock = 512;  // up to kMaxKeys in one pass, beyond it online
-  constexpr int64_t kScoreBytes = 128 * 1024;
-  constexpr int64_t kMinRows = 96;
+inline AttentionPlan plan_attention(const CrossAttention& s, bool weights, const AttentionLimits& limits) {
+  constexpr int64_t kScoreBytes = 128 * 1024, kMinRows = 96;
+  using F = typename P::Compute;
+  const auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
   AttentionPlan plan;
   plan.all_heads = weights;
-  plan.key_block = weights || s.keys <= kMaxKeys ? s.keys : kKeyBlock;
+  const int64_t key_blocks = weights || s.keys <= limits.one_pass_keys ? 1 : parts(s.keys, limits.key_block);
+  plan.key_block = key_blocks == 1 ? s.keys : round_up(parts(s.keys, key_blocks), kPhiloxBlock);
+
   const int64_t heads = s.batch * (weights ? 1 : s.key_heads);
-  int64_t chunks = heads > 0 ? (kTasks + heads - 1) / heads : 1;
-  const int64_t fewest = (s.queries + max_chunk - 1) / max_chunk, most = (s.queries + kMinChunk - 1) / kMinChunk;
+  int64_t chunks = heads > 0 ? parts(limits.tasks, heads) : 1;
+  const int64_t fewest = parts(s.queries, limits.max_chunk), most = parts(s.queries, limits.min_chunk);
   chunks = chunks > most ? most : chunks;
   chunks = chunks < fewest ? fewest : chunks;
-  chunks = chunks < 1 ? 1 : chunks;
-  plan.chunk = round_up((s.queries + chunks - 1) / chunks, P::kStep);
-  plan.chunks = plan.chunk > 0 ? (s.queries + plan.chunk - 1) / plan.chunk : 0;
-  const int64_t row_bytes = copies * row_length<typename P::Compute>(plan.key_block) * int64_t(sizeof(typename P::Compute));
-  const int64_t rows = kScoreBytes / (row_bytes > 0 ? row_bytes : 1), most_rows = rows < kMinRows ? kMinRows : rows;
-  const int64_t blocks = (plan.chunk + most_rows - 1) / most_rows;
-  plan.row_block = blocks > 0 ? round_up((plan.chunk + blocks - 1) / blocks, P::kStep) : 0;
+  plan.chunk = s.queries > 0 ? round_up(parts(s.queries, chunks), P::kStep) : 0;
+  plan.chunks = plan.chunk > 0 ? parts(s.queries, plan.chunk) : 0;
+
+  const int64_t row_bytes = limits.score_copies * (row_length<F>(plan.key_block) + 1) * int64_t(sizeof(F));
+  const int64_t rows = kScoreBytes / row_bytes;
+  const int64_t blocks = parts(plan.chunk, rows < kMinRows ? kMinRows : rows);
+  plan.row_block = blocks > 0 ? round_up(parts(plan.chunk, blocks), P::kStep) : 0;
   return plan;
 }
 

@@ -10,7 +10,9 @@ namespace {
 
 template <class P>
 AttentionPlan forward_plan(const CrossAttention& s) {
-  return plan_attention<P>(s, s.weights != nullptr, 1, 512);
+  return plan_attention<P>(
+      s, s.weights != nullptr,
+      {.tasks = 48, .min_chunk = 128, .max_chunk = 512, .one_pass_keys = 1024, .key_block = 512, .score_copies = 1});
 }
 
 template <class P>

@@ -7,7 +7,9 @@ namespace {
 
 template <class P>
 AttentionPlan backward_plan(const CrossAttention& s, bool weights) {
-  return plan_attention<P>(s, weights, 2, INT64_MAX);
+  return plan_attention<P>(
+      s, weights,
+      {.tasks = 16, .min_chunk = 256, .max_chunk = 1 << 20, .one_pass_keys = 384, .key_block = 320, .score_copies = 2});
 }
 
 template <class P>

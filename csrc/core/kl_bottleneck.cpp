@@ -177,19 +177,6 @@ KLRowLosses forward_row(const KLBottleneck& k, const RowPair<F>& r, RowStats<F>&
   return loss;
 }
 
-template <class F>
-void forward(const KLBottleneck& k, KLRowLosses* losses, int64_t begin, int64_t end) {
-  RowReader<F> reader(k);
-  for (int64_t row = begin; row < end; ++row) {
-    RowStats<F> stats{};
-    const RowPair<F> r = reader.read(row);
-    losses[row] = reader.taken > 0 ? forward_row<F>(k, r, stats) : KLRowLosses{};
-    losses[row].taken = double(reader.taken);
-    stats.taken = F(reader.taken);
-    if (k.stats) static_cast<RowStats<F>*>(k.stats)[row] = stats;
-  }
-}
-
 // dst_j (+)= factor * (softmax(row)_j - [j = label])
 template <class F>
 void add_cross_entropy(F* dst, const F* row, F max, F scale, double factor, const RowPair<F>& r) {
@@ -263,24 +250,44 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
 }
 
 template <class F>
-void backward(const KLBottleneck& k, const KLGradients& d, int64_t begin, int64_t end) {
-  RowReader<F> reader(k);
+void put_gradients(const KLBottleneck& k, const KLGradients& d, RowReader<F>& reader, int64_t row, RowPair<F> r,
+                   const RowStats<F>& stats) {
   const auto run =
       d.p.data ? (d.q.data ? backward_row<F, true, true> : backward_row<F, true, false>) : backward_row<F, false, true>;
+  if (reader.taken == 0) r.label = -1;
+  F* dp = d.p.data ? row_target<F>(d.p, row, reader.dp) : nullptr;
+  F* dq = d.q.data ? row_target<F>(d.q, row, reader.dq) : nullptr;
+  const double gradient = double(static_cast<const F*>(d.divergence)[row * d.divergence_stride]) * d.divergence_scale;
+  run(k, d, r, stats, gradient, dp, dq);
+  if (dp) write_row<F>(d.p, row, k.classes, dp);
+  if (dq) write_row<F>(d.q, row, k.classes, dq);
+}
+
+template <class F>
+void forward(const KLBottleneck& k, KLRowLosses* losses, const KLGradients* d, int64_t begin, int64_t end) {
+  RowReader<F> reader(k);
   for (int64_t row = begin; row < end; ++row) {
-    RowPair<F> r = reader.read(row);
-    if (reader.taken == 0) r.label = -1;
-    F* dp = d.p.data ? row_target<F>(d.p, row, reader.dp) : nullptr;
-    F* dq = d.q.data ? row_target<F>(d.q, row, reader.dq) : nullptr;
-    const double gradient = double(static_cast<const F*>(d.divergence)[row * d.divergence_stride]) * d.divergence_scale;
-    run(k, d, r, static_cast<const RowStats<F>*>(k.stats)[row], gradient, dp, dq);
-    if (dp) write_row<F>(d.p, row, k.classes, dp);
-    if (dq) write_row<F>(d.q, row, k.classes, dq);
+    RowStats<F> stats{};
+    const RowPair<F> r = reader.read(row);
+    losses[row] = reader.taken > 0 ? forward_row<F>(k, r, stats) : KLRowLosses{};
+    losses[row].taken = double(reader.taken);
+    stats.taken = F(reader.taken);
+    if (k.stats) static_cast<RowStats<F>*>(k.stats)[row] = stats;
+    if (d) put_gradients<F>(k, *d, reader, row, r, stats);
   }
 }
 
-void run_forward(const KLBottleneck& k, KLRowLosses* losses, int64_t begin, int64_t end) {
-  k.is_double ? forward<double>(k, losses, begin, end) : forward<float>(k, losses, begin, end);
+template <class F>
+void backward(const KLBottleneck& k, const KLGradients& d, int64_t begin, int64_t end) {
+  RowReader<F> reader(k);
+  for (int64_t row = begin; row < end; ++row) {
+    const RowPair<F> r = reader.read(row);
+    put_gradients<F>(k, d, reader, row, r, static_cast<const RowStats<F>*>(k.stats)[row]);
+  }
+}
+
+void run_forward(const KLBottleneck& k, KLRowLosses* losses, const KLGradients* d, int64_t begin, int64_t end) {
+  k.is_double ? forward<double>(k, losses, d, begin, end) : forward<float>(k, losses, d, begin, end);
 }
 
 void run_backward(const KLBottleneck& k, const KLGradients& d, int64_t begin, int64_t end) {

@@ -60,7 +60,9 @@ struct KLGradients {
 
 struct KLBottleneckKernels {
   // Rows are independent: any split of [0, rows) over any threads gives the same bits.
-  void (*forward)(const KLBottleneck&, KLRowLosses*, int64_t begin, int64_t end);
+  // Forward with gradients (may be null) writes those too while the row is in the cache: half the memory traffic of doing it
+  // later.
+  void (*forward)(const KLBottleneck&, KLRowLosses*, const KLGradients*, int64_t begin, int64_t end);
   void (*backward)(const KLBottleneck&, const KLGradients&, int64_t begin, int64_t end);
 };
 

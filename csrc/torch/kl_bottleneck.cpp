@@ -1,5 +1,6 @@
-// torch.ops.iumad.kl_divergence and kl_bottleneck, and the backward they share. Arguments arrive checked by
-// iumad_kernels/ops/kl_bottleneck.py, which documents them; only the labels are checked here, where reading them is cheap.
+// torch.ops.iumad.kl_divergence and kl_bottleneck, the backward they share, and both at once for eager mode. Arguments arrive
+// checked by iumad_kernels/ops/kl_bottleneck.py, which documents them; only the labels are checked here, where reading them is
+// cheap.
 #include "../core/kl_bottleneck.h"
 
 #include <memory>
@@ -83,12 +84,12 @@ struct Losses {
   Counts counts;
 };
 
-Losses run_forward(const KLBottleneck& k) {
+Losses run_forward(const KLBottleneck& k, const KLGradients* gradients = nullptr) {
   Losses losses;
   losses.rows = std::make_unique_for_overwrite<KLRowLosses[]>(k.rows);
   KLRowLosses* rows = losses.rows.get();
   const KLBottleneckKernels& kernels = kl_bottleneck_kernels();
-  parallel_rows(k, [&](int64_t begin, int64_t end) { kernels.forward(k, rows, begin, end); });
+  parallel_rows(k, [&](int64_t begin, int64_t end) { kernels.forward(k, rows, gradients, begin, end); });
   for (int64_t row = 0; row < k.rows; ++row) {
     losses.divergence += rows[row].divergence;
     losses.p_cross_entropy += rows[row].p_cross_entropy;
@@ -135,21 +136,73 @@ std::tuple<Tensor, Tensor> divergence(const Tensor& p, const Tensor& q, const st
   return {out, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck(const Tensor& p, const Tensor& q,
-                                                              const std::optional<Tensor>& labels,
-                                                              const std::optional<Tensor>& mask, double temperature,
-                                                              double kl_weight, double ce_weight, bool /*detach_p: for backward*/,
-                                                              bool save_stats) {
-  KLBottleneck k = describe(p, q, labels, mask, temperature, 0);
-  if (labels) check_labels(k);
-  Tensor stats = new_stats(k, p, save_stats);
-  const Losses losses = run_forward(k);
+using BottleneckLosses = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+BottleneckLosses total_and_parts(const KLBottleneck& k, const Losses& losses, const Tensor& like, const Tensor& stats,
+                                 double kl_weight, double ce_weight) {
   const double scale = losses.counts.scale(kBatchMean);
   const double kl = losses.divergence * scale, p_ce = losses.p_cross_entropy * scale, q_ce = losses.q_cross_entropy * scale;
   // A weight of 0 switches a term off, also one that is infinite.
   const double total = (kl_weight == 0 ? 0 : kl_weight * kl) + (ce_weight == 0 ? 0 : ce_weight * (p_ce + q_ce));
   const ScalarType dtype = compute_type(k);
-  return {scalar(p, dtype, total), scalar(p, dtype, kl), scalar(p, dtype, p_ce), scalar(p, dtype, q_ce), stats};
+  return {scalar(like, dtype, total), scalar(like, dtype, kl), scalar(like, dtype, p_ce), scalar(like, dtype, q_ce), stats};
+}
+
+BottleneckLosses bottleneck(const Tensor& p, const Tensor& q, const std::optional<Tensor>& labels,
+                            const std::optional<Tensor>& mask, double temperature, double kl_weight, double ce_weight,
+                            bool /*detach_p: for backward*/, bool save_stats) {
+  KLBottleneck k = describe(p, q, labels, mask, temperature, 0);
+  if (labels) check_labels(k);
+  Tensor stats = new_stats(k, p, save_stats);
+  return total_and_parts(k, run_forward(k), p, stats, kl_weight, ce_weight);
+}
+
+// Value and the gradients of the (total) loss in one go; without a mask, so that the means' denominators are known beforehand.
+class AtOnce {
+ public:
+  AtOnce(const KLBottleneck& k, const Tensor& p, const Tensor& q, int64_t reduction, bool need_p, bool need_q)
+      : dp(need_p ? empty_like(p) : empty(p, {0}, p.scalar_type())), dq(need_q ? empty_like(q) : empty(p, {0}, p.scalar_type())) {
+    scale_ = Counts{double(k.rows), double(k.rows) * double(k.classes)}.scale(reduction);
+    if (need_p) gradients.p = rows_view(dp);
+    if (need_q) gradients.q = rows_view(dq);
+    gradients.divergence = k.is_double ? static_cast<const void*>(&one_double_) : &one_float_;
+    weigh(1, 0, true);
+  }
+  void weigh(double kl_weight, double ce_weight, bool through_p) {
+    gradients.divergence_scale = scale_ * kl_weight;
+    gradients.p_cross_entropy = gradients.q_cross_entropy = scale_ * ce_weight;
+    gradients.through_p = through_p;
+  }
+
+  KLGradients gradients{};
+  Tensor dp, dq;
+
+ private:
+  double scale_, one_double_ = 1;
+  float one_float_ = 1;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_at_once(const Tensor& p, const Tensor& q, double temperature, double beta,
+                                                              int64_t reduction, bool need_p, bool need_q) {
+  KLBottleneck k = describe(p, q, std::nullopt, std::nullopt, temperature, beta);
+  Tensor stats = new_stats(k, p, true);
+  const AtOnce at_once(k, p, q, reduction, need_p, need_q);
+  const Losses losses = run_forward(k, &at_once.gradients);
+  return {scalar(p, compute_type(k), losses.divergence * losses.counts.scale(reduction)), stats, at_once.dp, at_once.dq};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_at_once(const Tensor& p, const Tensor& q,
+                                                                                      const std::optional<Tensor>& labels,
+                                                                                      double temperature, double kl_weight,
+                                                                                      double ce_weight, bool detach_p,
+                                                                                      bool need_p, bool need_q) {
+  KLBottleneck k = describe(p, q, labels, std::nullopt, temperature, 0);
+  if (labels) check_labels(k);
+  Tensor stats = new_stats(k, p, true);
+  AtOnce at_once(k, p, q, kBatchMean, need_p, need_q);
+  at_once.weigh(kl_weight, ce_weight, !detach_p);
+  const Losses losses = run_forward(k, &at_once.gradients);
+  return std::tuple_cat(total_and_parts(k, losses, p, stats, kl_weight, ce_weight), std::make_tuple(at_once.dp, at_once.dq));
 }
 
 std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_total, const std::optional<Tensor>& grad_divergence,
@@ -211,6 +264,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(iumad, m) {
       "kl_bottleneck(Tensor p, Tensor q, Tensor? labels, Tensor? mask, float temperature, float kl_weight, float ce_weight, "
       "bool detach_p, bool save_stats) -> (Tensor total, Tensor kl, Tensor p_ce, Tensor q_ce, Tensor stats)");
   m.def(
+      "kl_divergence_at_once(Tensor p, Tensor q, float temperature, float beta, int reduction, bool need_p, bool need_q) "
+      "-> (Tensor loss, Tensor stats, Tensor dp, Tensor dq)");
+  m.def(
+      "kl_bottleneck_at_once(Tensor p, Tensor q, Tensor? labels, float temperature, float kl_weight, float ce_weight, "
+      "bool detach_p, bool need_p, bool need_q) "
+      "-> (Tensor total, Tensor kl, Tensor p_ce, Tensor q_ce, Tensor stats, Tensor dp, Tensor dq)");
+  m.def(
       "kl_bottleneck_backward(Tensor? grad_total, Tensor? grad_divergence, Tensor? grad_p_ce, Tensor? grad_q_ce, Tensor p, "
       "Tensor q, Tensor? labels, Tensor? mask, Tensor stats, float temperature, float beta, int reduction, float kl_weight, "
       "float ce_weight, bool through_p, bool need_p, bool need_q) -> (Tensor, Tensor)");
@@ -219,6 +279,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(iumad, m) {
 STABLE_TORCH_LIBRARY_IMPL(iumad, CPU, m) {
   m.impl("kl_divergence", TORCH_BOX(&divergence));
   m.impl("kl_bottleneck", TORCH_BOX(&bottleneck));
+  m.impl("kl_divergence_at_once", TORCH_BOX(&divergence_at_once));
+  m.impl("kl_bottleneck_at_once", TORCH_BOX(&bottleneck_at_once));
   m.impl("kl_bottleneck_backward", TORCH_BOX(&backward));
 }
 

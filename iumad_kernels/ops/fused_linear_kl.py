@@ -18,7 +18,7 @@ _CHUNK_LOGITS = (
     2**22
 )  # logits per chunk and side (16 MB of float32): enough rows for the matrix product to be efficient
 
-implement("fused_linear_kl", "cpu")
+implement("fused_linear_kl", "cpu", torch_op="kl_divergence")
 
 
 def fused_linear_kl(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from iumad_kernels import reference
 from iumad_kernels.backend import implement, select
-from iumad_kernels.ops.checks import check_floating
+from iumad_kernels.ops.checks import FLOATING, check_floating
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")  # as numbered by Reduction in csrc/torch/kl_bottleneck.cpp
 _STATS = 9  # kKLStats in csrc/core/kl_bottleneck.h: what backward needs of a row
@@ -18,6 +19,9 @@ _MAX_DIMS = 7  # RowsView::kMaxDims in csrc/core/row_view.h, and the classes
 
 _DIVERGENCE = torch.ops.iumad.kl_divergence.default
 _BOTTLENECK = torch.ops.iumad.kl_bottleneck.default
+_DIVERGENCE_AT_ONCE = torch.ops.iumad.kl_divergence_at_once.default
+_BOTTLENECK_AT_ONCE = torch.ops.iumad.kl_bottleneck_at_once.default
+_NONE = REDUCTIONS.index("none")
 
 implement("kl_divergence", "cpu")
 implement("kl_bottleneck", "cpu")
@@ -92,7 +96,7 @@ def kl_divergence(
         temperature,
         0.0 if beta == 1 else beta,
         REDUCTIONS.index(reduction),
-    )[0]
+    )
 
 
 class KLBottleneck(NamedTuple):
@@ -169,7 +173,7 @@ def kl_bottleneck(
     mask = None if mask is None else mask.expand(fused_logits.shape)
     flags = (temperature, kl_weight, ce_weight, detach_teacher)
     return KLBottleneck(
-        *_run(_BOTTLENECK, _Bottleneck, fused_logits, bottleneck_logits, labels, mask, *flags)[:4]
+        *_run(_BOTTLENECK, _Bottleneck, fused_logits, bottleneck_logits, labels, mask, *flags)
     )
 
 
@@ -179,7 +183,8 @@ def _check_logits(
     for name, logits in ((p_name, p), (q_name, q)):
         if not isinstance(logits, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(logits).__name__}")
-    check_floating(op, **{p_name: p, q_name: q})
+    if p.dtype != q.dtype or p.dtype not in FLOATING or p.device != q.device:
+        check_floating(op, **{p_name: p, q_name: q})
     if p.shape != q.shape:
         raise ValueError(
             f"{op}: {q_name} has shape {tuple(q.shape)}, expected that of {p_name}, {tuple(p.shape)}"
@@ -273,6 +278,16 @@ def _fake_bottleneck(
     return (*(_new(p) for _ in range(4)), _new_stats(p, save_stats))
 
 
+@torch.library.register_fake("iumad::kl_divergence_at_once")
+def _fake_divergence_at_once(p: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _new(p), _new_stats(p, True), *_new_gradients(p, q, *rest[-2:])
+
+
+@torch.library.register_fake("iumad::kl_bottleneck_at_once")
+def _fake_bottleneck_at_once(p: Tensor, q: Tensor, labels: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    return *(_new(p) for _ in range(4)), _new_stats(p, True), *_new_gradients(p, q, *rest[-2:])
+
+
 @torch.library.register_fake("iumad::kl_bottleneck_backward")
 def _fake_backward(
     grad_total: Tensor | None,
@@ -283,10 +298,12 @@ def _fake_backward(
     q: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    need_p, need_q = rest[-2:]
-    return torch.empty_like(p) if need_p else p.new_empty(0), torch.empty_like(q) if need_q else p.new_empty(
-        0
-    )
+    return _new_gradients(p, q, *rest[-2:])
+
+
+def _new_gradients(p: Tensor, q: Tensor, need_p: bool, need_q: bool) -> tuple[Tensor, Tensor]:
+    none = p.new_empty(0)
+    return torch.empty_like(p) if need_p else none, torch.empty_like(q) if need_q else none
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:
@@ -297,70 +314,109 @@ def _new_stats(p: Tensor, save_stats: bool) -> Tensor:
     return _new(p, p.shape[:-1].numel() if save_stats else 0, _STATS)
 
 
-# Most of a small call is autograd's own cost: an autograd.Function called directly takes about half the time of the same formula
-# behind torch.library.register_autograd. So calls in eager mode take the direct way; compiled and exported graphs, which cannot,
-# and callers of torch.ops take the registered one. Both use the same two methods.
+# Eager calls take a short cut past torch.library's registration, which costs more than a small call's work: an autograd.Function
+# that calls the kernels directly and, where it can, computes the gradients of the (total) loss along with its value, while the
+# rows are in the cache. backward hands those out once, and recomputes for whatever else is asked of it: gradients of a part, or
+# a second time. Compiled graphs and callers of torch.ops take the registered way; both share `setup` and `backward`.
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        return _forward(_DIVERGENCE, _Divergence, ctx, inputs)
+    def forward(ctx: Any, p: Tensor, q: Tensor, mask: Tensor | None, *flags: Any) -> Tensor:
+        at_once = flags[2] != _NONE and _can_be_at_once(p, q, mask)
+        with torch._C._AutoDispatchBelowAutograd():
+            if at_once:
+                loss, stats, *ctx.ready = _DIVERGENCE_AT_ONCE(p, q, *flags, *ctx.needs_input_grad[:2])
+            else:
+                loss, stats = _DIVERGENCE(p, q, mask, *flags, True)
+        _keep(ctx, flags, p, q, mask, stats)
+        return loss
 
     @staticmethod
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        p, q, mask, *ctx.flags, _ = inputs
-        _save(ctx, p, q, mask, stats=output[1])
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+        *tensors, temperature, beta, reduction, _ = inputs
+        _keep(ctx, (temperature, beta, reduction), *tensors, output[1])
+        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        p, q, mask, stats = ctx.saved_tensors
+        dp, dq = _take_ready(ctx, grads[:1]) or torch.ops.iumad.kl_bottleneck_backward.default(
+            None, grads[0], None, None, *ctx.saved_tensors[:2], None, *ctx.saved_tensors[2:],
+            *ctx.flags, 0.0, 0.0, True, *ctx.needs_input_grad[:2],
+        )  # fmt: skip
         need_p, need_q = ctx.needs_input_grad[:2]
-        dp, dq = torch.ops.iumad.kl_bottleneck_backward.default(
-            None, grads[0], None, None, p, q, None, mask, stats, *ctx.flags, 0.0, 0.0, True, need_p, need_q
-        )
-        return dp if need_p else None, dq if need_q else None, *(None,) * 5
+        return dp if need_p else None, dq if need_q else None, None, None, None, None
 
 
 class _Bottleneck(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        return _forward(_BOTTLENECK, _Bottleneck, ctx, inputs)
+    def forward(
+        ctx: Any, p: Tensor, q: Tensor, labels: Tensor | None, mask: Tensor | None, *flags: Any
+    ) -> tuple[Tensor, ...]:
+        at_once = _can_be_at_once(p, q, mask)
+        with torch._C._AutoDispatchBelowAutograd():
+            if at_once:
+                *losses, stats, dp, dq = _BOTTLENECK_AT_ONCE(p, q, labels, *flags, *ctx.needs_input_grad[:2])
+                ctx.ready = dp, dq
+            else:
+                *losses, stats = _BOTTLENECK(p, q, labels, mask, *flags, True)
+        _keep(ctx, flags, p, q, labels, mask, stats)
+        return tuple(losses)
 
     @staticmethod
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        p, q, labels, mask, *ctx.flags, _ = inputs
-        _save(ctx, p, q, labels, mask, stats=output[4])
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+        *tensors, temperature, kl_weight, ce_weight, detach_p, _ = inputs
+        _keep(ctx, (temperature, kl_weight, ce_weight, detach_p), *tensors, output[4])
+        ctx.mark_non_differentiable(output[4])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        p, q, labels, mask, stats = ctx.saved_tensors
         temperature, kl_weight, ce_weight, detach_p = ctx.flags
-        need_p, need_q = ctx.needs_input_grad[:2]
-        dp, dq = torch.ops.iumad.kl_bottleneck_backward.default(
-            *grads[:4], p, q, labels, mask, stats, temperature, 0.0,
-            REDUCTIONS.index("batchmean"), kl_weight, ce_weight, not detach_p, need_p, need_q,
+        dp, dq = _take_ready(ctx, grads[:4]) or torch.ops.iumad.kl_bottleneck_backward.default(
+            *grads[:4], *ctx.saved_tensors, temperature, 0.0,
+            REDUCTIONS.index("batchmean"), kl_weight, ce_weight, not detach_p, *ctx.needs_input_grad[:2],
         )  # fmt: skip
-        return dp if need_p else None, dq if need_q else None, *(None,) * 7
+        need_p, need_q = ctx.needs_input_grad[:2]
+        return dp if need_p else None, dq if need_q else None, *(None,) * 6
 
 
-def _save(ctx: Any, *tensors: Tensor | None, stats: Tensor) -> None:
-    ctx.save_for_backward(*tensors, stats)
-    ctx.mark_non_differentiable(stats)
+def _can_be_at_once(p: Tensor, q: Tensor, mask: Tensor | None) -> bool:
+    """Not on a GPU, where reading the incoming gradient would wait; not in 16 bits, rounded only once that gradient is known."""
+    return mask is None and p.is_cpu and p.element_size() > 2 and q.element_size() > 2
+
+
+def _take_ready(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor] | None:
+    ready = getattr(ctx, "ready", None)
+    if ready is None or grads[0] is None or any(grad is not None for grad in grads[1:]):
+        return None
+    ctx.ready = None
+    if (factor := grads[0].item()) != 1:
+        for gradient in ready:
+            gradient *= factor
+    return ready
+
+
+def _keep(ctx: Any, flags: tuple[Any, ...], *tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.flags = flags
     ctx.set_materialize_grads(False)
 
 
-def _forward(op: Any, function: Any, ctx: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    with torch._C._AutoDispatchBelowAutograd():
-        output = op(*inputs)
-    function.setup(ctx, inputs, output)
-    return output
-
-
-def _run(op: Any, function: Any, p: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _run(op: Any, function: Any, p: Tensor, q: Tensor, *rest: Any) -> Any:
+    """The op's losses, without its statistics."""
     needs_grad = torch.is_grad_enabled() and (p.requires_grad or q.requires_grad)
     if needs_grad and not torch.compiler.is_compiling():
-        return function.apply(p, q, *rest, True)
-    return op(p, q, *rest, needs_grad)
+        return function.apply(p, q, *rest)
+    *losses, _ = op(p, q, *rest, needs_grad)
+    return losses[0] if len(losses) == 1 else losses
 
 
-for _op, _function in ((_DIVERGENCE, _Divergence), (_BOTTLENECK, _Bottleneck)):
-    torch.library.register_autograd(_op, _function.backward, setup_context=_function.setup)
+def _register(op: Any, function: Any) -> None:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return *function.backward(
+            ctx, *grads[:-1]
+        ), None  # neither of the statistics nor to the flag that asks for them
+
+    torch.library.register_autograd(op, backward, setup_context=function.setup)
+
+
+_register(_DIVERGENCE, _Divergence)
+_register(_BOTTLENECK, _Bottleneck)

@@ -335,9 +335,31 @@ def test_only_the_asked_gradients():
 
 def test_backward_twice():
     s, t = logits(6, 10)
-    loss = 3 * kl_divergence(s, t)
-    first = torch.autograd.grad(loss, (s, t), retain_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, (s, t))))
+    for unscaled in (kl_divergence(s, t), kl_bottleneck(s, t, torch.arange(6), detach_teacher=False).total):
+        loss = 3 * unscaled
+        first = torch.autograd.grad(loss, (s, t), retain_graph=True)
+        kept = [g.clone() for g in first]
+        torch.testing.assert_close(torch.autograd.grad(loss, (s, t)), first)
+        assert all(
+            torch.equal(a, b) for a, b in zip(first, kept)
+        )  # the second time must not touch the first one's
+
+
+def test_parts_and_total_are_differentiable_one_after_the_other():
+    s, t = logits(6, 10)
+    loss = kl_bottleneck(t, s, torch.arange(6), kl_weight=2.0, detach_teacher=False)
+    kl = torch.autograd.grad(loss.kl, (s, t), retain_graph=True)
+    ce = torch.autograd.grad(loss.ce, (s, t), retain_graph=True)
+    total = torch.autograd.grad(loss.total, (s, t))
+    torch.testing.assert_close(total, tuple(2 * a + b for a, b in zip(kl, ce)))
+
+
+def test_half_precision_survives_small_gradients():
+    s, t = (x.detach().half().requires_grad_() for x in logits(4000, 4))
+    scaled = torch.autograd.grad(2**14 * kl_divergence(s, t), s)[0]
+    twin = s.detach().double().requires_grad_()
+    want = torch.autograd.grad(2**14 * reference.kl_divergence(twin, t.detach().double()), twin)[0]
+    assert rms_error(scaled, want) <= 1e-3
 
 
 # ---- contracts with torch ---------------------------------------------------------------------------------------------------

@@ -82,9 +82,6 @@ class ModelConfig(Section):
     dropout: Fraction = 0.1
     # A20: a query may not attend to the k x k cells around it (UniAD: 7); 0 = off.
     neighbour_mask: Count = 0
-    # Scale of initial position embeddings that let every attention start local, for short trainings: about 3;
-    # 0 = the usual random start (UniAD), which needs thousands of iterations.
-    local_start: NonNegative = 0.0
     # A19: one input and one output projection for both modalities.
     shared_projections: bool = True
     # E2: noise on the input features while training, relative to their norm; 0 = off.

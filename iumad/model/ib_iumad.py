@@ -94,10 +94,6 @@ class IBIUMAD(nn.Module):
                 shared_head=model.bottleneck_shared_head,
             )
         self.apply(initialise)
-        if model.local_start > 0:
-            for module in self.modules():
-                if isinstance(module, Reconstruction):
-                    module.start_local(model.local_start)
 
     def forward(self, images: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> Output:
         """Run the model.

@@ -8,7 +8,6 @@ Shapes: B batch, G side of the token grid, L = G * G tokens, D token width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -42,13 +41,6 @@ def neighbour_mask(grid: int, side: int) -> Tensor:
     row, column = row.flatten(), column.flatten()
     distance = torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs())
     return distance > side // 2
-
-
-def sinusoids(count: int, dim: int) -> Tensor:
-    """Sines and cosines of 0 .. count - 1 at wavelengths from 6 to 300 cells, unit power; (count, dim)."""
-    frequency = torch.exp(-math.log(50.0) * torch.arange((dim + 1) // 2) / (dim / 2))
-    angle = torch.arange(count)[:, None] * frequency
-    return math.sqrt(2) * torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :dim]
 
 
 class EncoderLayer(nn.Module):
@@ -108,22 +100,6 @@ class Reconstruction(nn.Module):
         self.norm = nn.LayerNorm(config.dim)
         mask = neighbour_mask(grid, config.neighbour_mask) if config.neighbour_mask else None
         self.register_buffer("mask", mask, persistent=False)
-
-    @torch.no_grad()
-    def start_local(self, scale: float) -> None:
-        """Initial weights with which every attention looks at its own place and around it (model.local_start).
-
-        Positions are sinusoids of amplitude `scale`, keys are projected as queries are, learned queries are small: the
-        score of two cells falls with their distance. From the usual start, uniform attention through a chain
-        of eight layers, it takes thousands of iterations to learn that the answer is where the question is.
-        """
-        for table in (self.position.row, self.position.column):
-            table.copy_(scale * sinusoids(*table.shape))
-        for module in self.modules():
-            if isinstance(module, DecoderLayer):
-                module.query.mul_(0.02)
-            elif isinstance(module, Attention):
-                module.key.weight.copy_(module.query.weight)
 
     def forward(self, tokens_BLD: Tensor, conditions: Sequence[Tensor] | None) -> list[Tensor]:
         """One (B, L, D) per decoder layer, each through the shared final layer norm."""

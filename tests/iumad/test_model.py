@@ -104,7 +104,6 @@ VARIANTS = {
     "depth_distance": {"depth_distance": True, "shared_projections": False},
     "no_ibfm": {"fusion": "none", "bottleneck": False},
     "modality_dropout": {"modality_dropout": 0.1},
-    "local_start": {"local_start": 3.0},
     "two_layers": {"layers": 2, "fusion_layers": (1, 2)},
 }
 
@@ -187,24 +186,6 @@ def test_position_embedding_knows_row_and_column():
     cells = position().reshape(GRID, GRID, 8)
     assert torch.equal(cells[2, :, :4], position.row[2].expand(GRID, 4))
     assert torch.equal(cells[:, 3, 4:], position.column[3].expand(GRID, 4))
-
-
-def test_local_start_attends_to_its_own_place():
-    """Before any training a query's strongest key is its own cell or one beside it."""
-    grid, dim = 7, 64
-    config = dataclasses.replace(tiny(dim=dim, local_start=3.0), data=DataConfig(image_size=16 * grid))
-    network = build(config).eval().reconstruction["rgb"]
-    calls = []
-    for layer in network.decoder:
-        layer.memory_attention.register_forward_hook(
-            lambda module, args, output: calls.append((module, args))
-        )
-    network(torch.randn(1, grid * grid, dim), None)
-    for attention, (query, key, *_) in calls:
-        found = (attention.query(query)[0] @ attention.key(key)[0].T).argmax(1)
-        own = torch.arange(grid * grid)
-        rows, columns = (found // grid - own // grid).abs(), (found % grid - own % grid).abs()
-        assert (torch.maximum(rows, columns) <= 1).float().mean() > 0.9
 
 
 def test_neighbour_mask():

@@ -136,7 +136,6 @@ GOLDEN_RUN = [
     "model.jitter_scale=10",
     "model.mamba_expand=1",
     "model.modality_dropout=0",
-    "model.local_start=0",
     "loss.reconstruction=0",
 ]
 GOLDEN = [5.796, 3.558, 1.0357]

@@ -127,7 +127,8 @@ class ModelConfig(Section):
     # A11: one class head for F_fu and F_fu^g instead of one each.
     bottleneck_shared_head: bool = False
 
-    # A15: the map also counts the depth branch's own error. Give loss.reconstruction a weight with it.
+    # A15: the map also counts the depth branch's own error, where RGB is the reference. Give
+    # loss.reconstruction a weight with it.
     depth_distance: bool = False
     # A22: image score from the map: largest mean of a score_pool x score_pool window, or standard
     # deviation, or mean.
@@ -152,7 +153,6 @@ class ModelConfig(Section):
         if self.modality != "both":
             both = "needs model.modality = 'both'"
             require(self.fusion_query != "modality", "model.fusion_query", self.fusion_query, both)
-            require(not self.depth_distance, "model.depth_distance", self.depth_distance, both)
             require(self.modality_dropout == 0, "model.modality_dropout", self.modality_dropout, both)
         if self.fusion_query == "modality":
             require(

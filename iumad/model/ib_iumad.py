@@ -132,7 +132,7 @@ class IBIUMAD(nn.Module):
         reference = features[present[0]]
 
         compared = [(reconstruction, reference)]
-        if model.depth_distance and "depth" in present:
+        if model.depth_distance and "depth" in present[1:]:
             compared.append((branches["depth"], features["depth"]))
         anomaly_map, score = discriminate(
             torch.cat([left for left, _ in compared], dim=1),

@@ -120,8 +120,6 @@ def test_direct_construction_is_checked_too():
         TrainConfig(batch_size=0)
     with pytest.raises(ValueError, match=r"model\.modality_dropout"):
         ModelConfig(modality="rgb", modality_dropout=0.5)
-    with pytest.raises(ValueError, match=r"model\.depth_distance"):
-        ModelConfig(modality="rgb", depth_distance=True)
 
 
 def test_frozen():

@@ -102,6 +102,7 @@ VARIANTS = {
     "shared_head": {"bottleneck_shared_head": True},
     "mask": {"neighbour_mask": 3},
     "depth_distance": {"depth_distance": True, "shared_projections": False},
+    "depth_distance_alone": {"depth_distance": True, "modality": "depth"},
     "no_ibfm": {"fusion": "none", "bottleneck": False},
     "modality_dropout": {"modality_dropout": 0.1},
     "two_layers": {"layers": 2, "fusion_layers": (1, 2)},

@@ -5,7 +5,8 @@
 
 Every case is forward + backward with the gradients to both sides. The peers are what torch users write: log_softmax of both
 sides and F.kl_div, F.cross_entropy, randn and the closed form of the Gaussian KL; once as it stands and once compiled. The
-paper's own size, (6, 10), is the cost of calls, not of arithmetic: there a run is 100 calls. The Gaussian sample takes part in the
+paper's own size, (6, 10), is the cost of calls, not of arithmetic: there a run is 100 calls. The Gaussian sample
+takes part in the
 loss with weight 0, so that the gradients of different noise can be compared.
 """
 

@@ -9,7 +9,11 @@ namespace iumad::IUMAD_ISA {
 struct BFloat16 {
   uint16_t bits;
 };
+#if defined(__aarch64__)
+using Float16 = __fp16;  // g++ before 13 has no _Float16 there
+#else
 using Float16 = _Float16;
+#endif
 
 inline float to_compute(BFloat16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;

@@ -63,6 +63,11 @@ class CMakeBuild(build_ext):
                 raise SystemExit(
                     "iumad: the C++ build failed; the compiler's messages are above (pip hides them without -v)."
                 )
+        if (
+            self.editable_mode
+        ):  # setuptools itself moves the extension named in setup() into the checkout, nothing else
+            for library in output.glob("_cuda*.so"):
+                shutil.copy(library, ROOT / "iumad_kernels")
 
 
 version = re.search(r'__version__ = "(.+?)"', (ROOT / "iumad_kernels/version.py").read_text())[1]

@@ -72,21 +72,23 @@ void scan_direction(const SelectiveScan& s, int64_t k, const ChannelBlock& b, Fo
   }
 
   const Vec<F> skip = load_channels<F>(s.D, s, k, b), bias = load_channels<F>(s.delta_bias, s, k, b);
-  for (int64_t first = 0; first < direction.length; first += kTile) {
-    const TokenTile tile(direction, first);
-    if (s.tile_states) save_tile_states<F>(m.h, s, k, first / kTile, b);
+  const auto load_inputs = [&](const TokenTile& tile) {
     load_tokens<F>(m.u, s.u, tile, k, b);
     load_delta<F>(m.dt, s, tile, k, b);
+  };
+  if (direction.length > 0) load_inputs(TokenTile(direction, 0));
+  for (int64_t first = 0; first < direction.length; first += kTile) {
+    const bool more = first + kTile < direction.length;
+    const TokenTile tile(direction, first), next(direction, more ? first + kTile : first);
+    if (s.tile_states) save_tile_states<F>(m.h, s, k, first / kTile, b);
+    for (const TokenView* v : {&s.u, &s.delta}) prefetch_tokens<false>(*v, next, k, b);
+    prefetch_tokens<false>(s.z, tile, k, b);
+    prefetch_tokens<true>(s.out, tile, k, b);
     finish_delta<false, F>(m.dt, nullptr, s, tile.count, bias);
     for (int t = 0; t < tile.count; ++t) {
       const Vec<F> u = load(m.u + t * V);
       store<F>(m.dtu + t * V, load(m.dt + t * V) * u);
       store<F>(m.y + t * V, skip * u);
-    }
-    if (first + kTile < direction.length) {
-      const TokenTile next(direction, first + kTile);
-      for (const TokenView* v : {&s.u, &s.delta, &s.z}) prefetch_tokens<false>(*v, next, k, b);
-      prefetch_tokens<true>(s.out, next, k, b);
     }
     const auto B = coefficients<F, kConstantB>(s.B, m.B, tile, k, b);
     const auto C = coefficients<F, kConstantC>(s.C, m.C, tile, k, b);
@@ -100,6 +102,9 @@ void scan_direction(const SelectiveScan& s, int64_t k, const ChannelBlock& b, Fo
         store<F>(m.y + t * V, load(m.y + t * V) * z * sigmoid<F>(z));
       }
     }
+    // Loads before stores: input and output lie at the same offsets within their pages, and a load that follows a store to the
+    // same offset waits until that store has left for memory.
+    if (more) load_inputs(next);
     store_tokens<F>(m.y, s.out, tile, k, b, k > 0 && s.order.overlaps());
   }
 

@@ -26,7 +26,8 @@ inline void load_block(F* dst, void* data, DType dtype, const int64_t* offset, i
     if (lanes == V && channel_stride == 1) {
       for (; i < count; ++i) store<F>(dst + i * V, load_lanes(p + offset[i]));
     } else if (lanes == V && step != 0) {
-      for (; i + V <= count; i += V) {  // channels are rows in memory: read them whole and transpose
+      for (; i < count && V <= count; i += V) {  // channels are rows in memory: read them whole and transpose
+        if (i + V > count) i = count - V;        // the last block overlaps the one before
         const auto* first = p + (step > 0 ? offset[i] : offset[i + V - 1]);
         Vec<F> row[V];
         for (int lane = 0; lane < V; ++lane) row[lane] = load_lanes(first + lane * channel_stride);
@@ -60,7 +61,11 @@ inline void store_block(const F* src, void* data, DType dtype, const int64_t* of
         store_lanes(p + offset[i], v);
       }
     } else if (lanes == V && step != 0) {
-      for (; i + V <= count; i += V) {
+      for (; i < count && V <= count; i += V) {
+        if (i + V > count) {  // the last block overlaps the one before, unless that would add twice
+          if (accumulate) break;
+          i = count - V;
+        }
         auto* first = p + (step > 0 ? offset[i] : offset[i + V - 1]);
         Vec<F> row[V];
         for (int j = 0; j < V; ++j) row[step > 0 ? j : V - 1 - j] = load(src + (i + j) * V);

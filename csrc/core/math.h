@@ -164,11 +164,22 @@ inline Vec<F> abs(Vec<F> x) {
   return x < Vec<F>{} ? -x : x;
 }
 
+namespace detail {
+
+// e^-|x|, 0 where that is under the smallest normal number (also for |x| so large that exp2_product would lose its fraction).
+template <class F>
+inline Vec<F> exp_minus_abs(Vec<F> x) {
+  const Vec<F> a = abs<F>(x);
+  return a > broadcast(F(sizeof(F) == 8 ? 708.3 : 87.3)) ? Vec<F>{} : exp<F>(-a);
+}
+
+}  // namespace detail
+
 // 1 / (1 + e^-x) without overflow on either side.
 template <class F>
 inline Vec<F> sigmoid(Vec<F> x) {
   using V = Vec<F>;
-  const V e = exp<F>(-abs<F>(x));
+  const V e = detail::exp_minus_abs<F>(x);
   const V one = broadcast(F(1));
   return (x < V{} ? e : one) * reciprocal_near_one<F>(one + e);
 }
@@ -182,7 +193,7 @@ template <class F>
 inline Softplus<F> softplus(Vec<F> x) {
   using V = Vec<F>;
   const V zero{}, one = broadcast(F(1)), threshold = broadcast(F(20));
-  const V e = exp<F>(-abs<F>(x));
+  const V e = detail::exp_minus_abs<F>(x);
   const V value = log1p_unit(e) + (x < zero ? zero : x);
   const V derivative = (x < zero ? e : one) * reciprocal_near_one<F>(one + e);
   return {x > threshold ? x : value, x > threshold ? one : derivative};

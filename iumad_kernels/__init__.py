@@ -16,7 +16,10 @@ except ImportError as error:
     ) from error
 
 from iumad_kernels.backend import backend, backend_for
+from iumad_kernels.ops.anomaly_map import anomaly_map
+from iumad_kernels.ops.causal_conv1d import causal_conv1d
 from iumad_kernels.ops.cross_attention import cross_attention
+from iumad_kernels.ops.depthwise_conv2d import depthwise_conv2d
 from iumad_kernels.ops.fused_linear_kl import fused_linear_kl
 from iumad_kernels.ops.gaussian_bottleneck import gaussian_bottleneck
 from iumad_kernels.ops.kl_bottleneck import KLBottleneck, kl_bottleneck, kl_divergence
@@ -28,10 +31,13 @@ build_info = _C.build_info
 __all__ = [
     "KLBottleneck",
     "__version__",
+    "anomaly_map",
     "backend",
     "backend_for",
     "build_info",
+    "causal_conv1d",
     "cross_attention",
+    "depthwise_conv2d",
     "fused_linear_kl",
     "gaussian_bottleneck",
     "kl_bottleneck",

@@ -41,6 +41,14 @@ inline Tensor zeros(const Tensor& like, const Shape& shape, ScalarType dtype) {
 
 using torch::stable::empty_like;  // keeps the strides where they are dense
 
+// An uninitialised grid: channels-last where the channels of `like` are neighbours in memory, else contiguous.
+inline Tensor empty_grid(const Tensor& like, int64_t height, int64_t width) {
+  const int64_t batch = like.size(0), channels = like.size(1);
+  if (like.stride(1) != 1) return empty(like, {batch, channels, height, width}, like.scalar_type());
+  using torch::stable::transpose;
+  return transpose(transpose(empty(like, {batch, height, width, channels}, like.scalar_type()), 2, 3), 1, 2);
+}
+
 inline void* data(const std::optional<Tensor>& t) { return t ? t->data_ptr() : nullptr; }
 
 // Runs f(begin, end) over [0, tasks) on torch's threads.

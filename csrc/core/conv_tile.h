@@ -156,8 +156,9 @@ struct Kernel {
   int64_t any_rows, any_columns;
   int64_t rows() const { return kRows ? kRows : any_rows; }
   int64_t columns() const { return kRows ? kColumns : any_columns; }
-  // How many taps are worth summing in registers at a time.
-  static constexpr int kRowRun = kRows * kColumns > 9 ? 2 : kRows ? kRows : 1, kColumnRun = kRows ? kColumns : 4;
+  static constexpr bool kOneRow = kRows <= 1 && kStep == 1;  // may be a sequence's
+  // Outputs of a row and taps of a kernel row that are worked on together, in registers.
+  static constexpr int kRun = kStep == 1 ? 7 : 4, kColumnRun = kRows ? kColumns : 1;
 };
 
 template <class Visitor>
@@ -200,9 +201,12 @@ struct SameSequence {
   bool skipped(int64_t token) const { return number[token] < 0; }
 };
 
-template <class Visitor>
-inline void with_taps(const DepthwiseConv2d& s, int64_t batch, Visitor&& f) {
-  s.sequence ? f(SameSequence{s.sequence + batch * s.width, s.width}) : f(AllTaps{});
+template <class K, class Visitor>
+inline void with_taps(const DepthwiseConv2d& s, const K&, int64_t batch, Visitor&& f) {
+  if constexpr (K::kOneRow) {
+    if (s.sequence) return f(SameSequence{s.sequence + batch * s.width, s.width});
+  }
+  f(AllTaps{});
 }
 
 // Rows and columns that exist: [top, bottom) x [left, right).
@@ -210,71 +214,58 @@ struct Bounds {
   int64_t top, bottom, left, right;
 };
 
-// The outputs of a row for which every column of the kernel lies inside, [first, end), and what of the kernel lies inside
-// elsewhere.
-template <class K>
-struct Columns {
-  int64_t first, end, before, left, right, kernel;
+// Which of the next `count` columns from `first` on exist, as bits.
+inline uint32_t existing(const Bounds& b, int64_t first, int count) {
+  const int64_t from = most(0, b.left - first), to = least(count, b.right - first);
+  return to <= from ? 0 : (uint32_t(1) << to) - (uint32_t(1) << from);
+}
 
-  Columns(const Bounds& in, const K& k, int64_t pad, const Rect& out)
-      : before(pad), left(in.left), right(in.right), kernel(k.columns()) {
-    const int64_t last = right - kernel + pad;
-    first = most(out.column, (left + pad + K::kStride - 1) / K::kStride);
-    end = least(out.column + out.columns, last < 0 ? 0 : last / K::kStride + 1);
-    if (first >= end) first = end = out.column;
+// Slides kTaps taps over kRun outputs that are kStride apart, one row of both: use(t, j, x) for output t, tap j and the pixel
+// both meet at. Every pixel is loaded once; those that do not exist are 0.
+template <int kStride, int kRun, int kTaps, class F, class Use>
+inline void slide(const F* p, int64_t column, uint32_t exist, const Use& use) {
+  IUMAD_UNROLL
+  for (int q = 0; q < (kRun - 1) * kStride + kTaps; ++q, p += column) {
+    Vec<F> x{};
+    if (exist & (uint32_t(1) << q)) x = load(p);
+    IUMAD_UNROLL
+    for (int j = 0; j < kTaps; ++j)
+      if (q >= j && (q - j) % kStride == 0 && (q - j) / kStride < kRun) use((q - j) / kStride, j, x);
   }
-  int64_t start(int64_t c) const { return c * K::kStride - before; }
-  int64_t from(int64_t c) const { return most(0, left - start(c)); }
-  int64_t to(int64_t c) const { return least(kernel, right - start(c)); }
-};
+}
 
 // finish(r, c, n, sum) for every output pixel and vector of channels: bias (may be null) + the taps on `in`, whose row for output
-// row r and kernel row i is r * stride - up + i. Taps out of bounds are left out. counts(c, j): whether kernel column j counts
-// for column c.
+// row r and kernel row i is r * stride - up + i. Taps out of bounds meet 0. counts(c, j): whether kernel column j counts for
+// column c.
 template <class F, class K, class Counts, class Finish>
 inline void convolve(const Pixels<F>& in, const Bounds& bounds, const K& kernel, int64_t up, int64_t before, const F* weight,
                      const F* bias, const Rect& out, int vectors, const Counts& counts, const Finish& finish) {
-  constexpr int V = kLanes<F>;
-  const Columns<K> columns(bounds, kernel, before, out);
-  const int64_t taps = kernel.rows() * kernel.columns();
+  constexpr int V = kLanes<F>, kStride = K::kStride;
+  const int64_t taps_per_vector = kernel.rows() * kernel.columns();
   for (int64_t r = out.row; r < out.row + out.rows; ++r) {
-    const int64_t top = r * K::kStride - up;
+    const int64_t top = r * kStride - up;
     const int64_t i_from = most(0, bounds.top - top), i_to = least(kernel.rows(), bounds.bottom - top);
-    const auto border = [&](int64_t c) {
-      for (int n = 0; n < vectors; ++n) {
-        Vec<F> sum = bias ? load(bias + n * V) : Vec<F>{};
-        for (int64_t i = i_from; i < i_to; ++i) {
-          const F* w = weight + (n * taps + i * kernel.columns()) * V;
-          const F* p = in.at(top + i, columns.start(c)) + n * in.vector;
-          for (int64_t j = columns.from(c); j < columns.to(c); ++j)
-            if (counts(c, j)) sum = fma(load(w + j * V), load(p + j * in.column), sum);
-        }
-        finish(r, c, n, sum);
-      }
-    };
-    for (int64_t c = out.column; c < columns.first; ++c) border(c);
-    for_runs<6>(columns.end - columns.first, [&](auto run, int64_t start) {
+    for_runs<K::kRun>(out.columns, [&](auto run, int64_t start) {
       constexpr int kRun = decltype(run)::value;
-      const int64_t c = columns.first + start;
+      const int64_t c = out.column + start, first = c * kStride - before;
       for (int n = 0; n < vectors; ++n) {
         Vec<F> sum[kRun];
         IUMAD_UNROLL
         for (int t = 0; t < kRun; ++t) sum[t] = bias ? load(bias + n * V) : Vec<F>{};
         for (int64_t i = i_from; i < i_to; ++i) {
-          const F* w = weight + (n * taps + i * kernel.columns()) * V;
-          const F* p = in.at(top + i, columns.start(c)) + n * in.vector;
-          for (int64_t j = 0; j < kernel.columns(); ++j, p += in.column) {
-            const Vec<F> tap = load(w + j * V);
-            IUMAD_UNROLL
-            for (int t = 0; t < kRun; ++t)
-              if (counts(c + t, j)) sum[t] = fma(tap, load(p + t * K::kStride * in.column), sum[t]);
+          for (int64_t j0 = 0; j0 < kernel.columns(); j0 += K::kColumnRun) {
+            const F* w = weight + (n * taps_per_vector + i * kernel.columns() + j0) * V;
+            const uint32_t exist = existing(bounds, first + j0, (kRun - 1) * kStride + K::kColumnRun);
+            slide<kStride, kRun, K::kColumnRun>(in.at(top + i, first + j0) + n * in.vector, in.column, exist,
+                                                [&](int t, int j, Vec<F> x) {
+                                                  if (counts(c + t, j0 + j)) sum[t] = fma(load(w + j * V), x, sum[t]);
+                                                });
           }
         }
         IUMAD_UNROLL
         for (int t = 0; t < kRun; ++t) finish(r, c + t, n, sum[t]);
       }
     });
-    for (int64_t c = columns.end; c < out.column + out.columns; ++c) border(c);
   }
 }
 
@@ -282,50 +273,35 @@ inline void convolve(const Pixels<F>& in, const Bounds& bounds, const K& kernel,
 template <class F, class K, class Counts>
 inline void correlate(const Pixels<F>& dz, const Pixels<F>& x, const Bounds& bounds, const K& kernel, int64_t up, int64_t before,
                       const Rect& out, int vectors, const Counts& counts, F* dw) {
-  constexpr int V = kLanes<F>;
-  const Columns<K> columns(bounds, kernel, before, out);
-  const int64_t taps = kernel.rows() * kernel.columns();
+  constexpr int V = kLanes<F>, kStride = K::kStride, kTaps = K::kColumnRun;
+  const int64_t taps_per_vector = kernel.rows() * kernel.columns();
   for (int64_t r = out.row; r < out.row + out.rows; ++r) {
-    const int64_t top = r * K::kStride - up;
+    const int64_t top = r * kStride - up;
     const int64_t i_from = most(0, bounds.top - top), i_to = least(kernel.rows(), bounds.bottom - top);
-    // Outputs [c, c + count), whose kernel columns [from, to) lie inside.
-    const auto stretch = [&](int64_t c, int64_t count, int64_t from, int64_t to) {
-      for_runs<K::kRowRun>(i_to - i_from, [&](auto rows, int64_t i) {
-        for_runs<K::kColumnRun>(to - from, [&](auto cols, int64_t j) {
-          constexpr int kI = decltype(rows)::value, kJ = decltype(cols)::value;
-          const int64_t first = (i_from + i) * kernel.columns() + from + j;
-          for (int n = 0; n < vectors; ++n) {
-            F* total = dw + (n * taps + first) * V;
-            Vec<F> sum[kI][kJ];
+    for_runs<K::kRun>(out.columns, [&](auto run, int64_t start) {
+      constexpr int kRun = decltype(run)::value;
+      const int64_t c = out.column + start, first = c * kStride - before;
+      for (int n = 0; n < vectors; ++n) {
+        Vec<F> gradient[kRun];
+        const F* g = dz.at(r * kStride, c * kStride) + n * dz.vector;
+        IUMAD_UNROLL
+        for (int t = 0; t < kRun; ++t, g += kStride * dz.column) gradient[t] = load(g);
+        for (int64_t i = i_from; i < i_to; ++i) {
+          for (int64_t j0 = 0; j0 < kernel.columns(); j0 += kTaps) {
+            F* total = dw + (n * taps_per_vector + i * kernel.columns() + j0) * V;
+            Vec<F> sum[kTaps];
             IUMAD_UNROLL
-            for (int a = 0; a < kI; ++a) {
-              IUMAD_UNROLL
-              for (int b = 0; b < kJ; ++b) sum[a][b] = load(total + (a * kernel.columns() + b) * V);
-            }
-            const F* g = dz.at(r * K::kStride, c * K::kStride) + n * dz.vector;
-            const F* p = x.at(top + i_from + i, columns.start(c) + from + j) + n * x.vector;
-            for (int64_t t = 0; t < count; ++t, g += K::kStride * dz.column, p += K::kStride * x.column) {
-              const Vec<F> gradient = load(g);
-              IUMAD_UNROLL
-              for (int a = 0; a < kI; ++a) {
-                IUMAD_UNROLL
-                for (int b = 0; b < kJ; ++b)
-                  if (counts(c + t, from + j + b)) sum[a][b] = fma(gradient, load(p + a * x.row + b * x.column), sum[a][b]);
-              }
-            }
+            for (int j = 0; j < kTaps; ++j) sum[j] = load(total + j * V);
+            const uint32_t exist = existing(bounds, first + j0, (kRun - 1) * kStride + kTaps);
+            slide<kStride, kRun, kTaps>(x.at(top + i, first + j0) + n * x.vector, x.column, exist, [&](int t, int j, Vec<F> v) {
+              if (counts(c + t, j0 + j)) sum[j] = fma(gradient[t], v, sum[j]);
+            });
             IUMAD_UNROLL
-            for (int a = 0; a < kI; ++a) {
-              IUMAD_UNROLL
-              for (int b = 0; b < kJ; ++b) store<F>(total + (a * kernel.columns() + b) * V, sum[a][b]);
-            }
+            for (int j = 0; j < kTaps; ++j) store<F>(total + j * V, sum[j]);
           }
-        });
-      });
-    };
-    const auto border = [&](int64_t c) { stretch(c, 1, columns.from(c), columns.to(c)); };
-    for (int64_t c = out.column; c < columns.first; ++c) border(c);
-    if (columns.end > columns.first) stretch(columns.first, columns.end - columns.first, 0, kernel.columns());
-    for (int64_t c = columns.end; c < out.column + out.columns; ++c) border(c);
+        }
+      }
+    });
   }
 }
 

@@ -9,9 +9,9 @@ constexpr int64_t kTileSide = 16, kTilePixels = 256;  // of the input: with a ch
 constexpr int64_t kTasksWanted = 64;                  // of backward, so that many cores are busy although a task walks many tiles
 
 // Bytes of channels taken together. Tensors used where they are: long stretches, for the hardware's prefetching. Others go
-// through scratch, still several cache lines at a time: single lines, a whole feature row apart, would wait for memory one by
-// one.
-constexpr int64_t kChunkInPlace = 1024, kChunkStaged = 256;
+// through scratch: where channels are side by side still several cache lines at a time (single lines, a whole feature row apart,
+// would wait for memory one by one), where pixels are as few as possible, so that a tile stays in the first-level cache.
+constexpr int64_t kChunkInPlace = 1024, kChunkStaged = 256, kChunkTransposed = kVectorBytes;
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -46,7 +46,11 @@ struct Chunks {
   int64_t channels, size, whole;
 
   Chunks(const DepthwiseConv2d& s, bool in_place)
-      : channels(s.channels), size((in_place ? kChunkInPlace : kChunkStaged) / sizeof(F)) {
+      : channels(s.channels),
+        size((in_place           ? kChunkInPlace
+              : s.x.channel == 1 ? kChunkStaged
+                                 : kChunkTransposed) /
+             sizeof(F)) {
     whole = channels / kLanes<F> * kLanes<F>;
   }
   int64_t count() const { return div_up(whole, size) + (whole < channels); }
@@ -156,7 +160,7 @@ void forward(const DepthwiseConv2d& s, const K& kernel, int64_t begin, int64_t e
     const Chunk k = chunks.chunk(item / tiling.count(), task % chunks.count());
     const Rect tile = tiling.tile(s, item % tiling.count());
     const Pixels<F> x = x_tile.read_x(s, k, inputs_of(s, tile)), out = out_tile.write(s.out, k, tile);
-    with_taps(s, k.batch, [&](const auto& taps) {
+    with_taps(s, kernel, k.batch, [&](const auto& taps) {
       convolve<F>(
           x, image(s), kernel, s.pad_top, s.pad_left, filters.weight + k.channel * filters.taps, filters.bias + k.channel, tile,
           k.vectors<F>(), [&](int64_t c, int64_t j) { return taps(c, c * K::kStride - s.pad_left + j); },
@@ -295,7 +299,7 @@ void backward(const DepthwiseConv2d& s, const DepthwiseConv2dGradients& d, const
       k.batch = item / tiling.count();
       const BackwardTile t(s, tiling.tile(s, item % tiling.count()));
       const Pixels<F> x = x_tile.read_x(s, k, inputs_of(s, t.reaching)), dout = dout_tile.read(d.out, k, t.reaching);
-      with_taps(s, k.batch, [&](const auto& taps) {
+      with_taps(s, kernel, k.batch, [&](const auto& taps) {
         const Pixels<F> dz = spread_dz<F>(s, t, k, kernel, taps, x, dout, filters, dz_tile);
         add_parameter_gradients<F>(s, t.outputs, k, kernel, taps, dz, x, share, dweight, dbias);
         const Pixels<F> dx =

@@ -1,19 +1,20 @@
-// Cache-line aligned scratch memory, handed out piece by piece and released as a whole.
+// Cache-line aligned scratch memory, handed out piece by piece and released as a whole. Every thread keeps its largest block up
+// to 8 MiB for the next call: memory fresh from the system would cost a page fault every 4 KiB.
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
-#include <new>
 
 namespace iumad {
 
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : data_(static_cast<char*>(std::aligned_alloc(kAlign, round_up(bytes)))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-    next_ = data_;
-  }
-  ~Scratch() { std::free(data_); }
+  struct Block {
+    char* data = nullptr;
+    int64_t bytes = 0;
+  };
+
+  explicit Scratch(int64_t bytes) : block_(allocate(bytes)), next_(block_.data) {}
+  ~Scratch() { release(block_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
@@ -31,8 +32,10 @@ class Scratch {
 
  private:
   static constexpr int64_t kAlign = 64;
-  static int64_t round_up(int64_t n) { return (n + kAlign) / kAlign * kAlign; }
-  char* data_;
+  static constexpr int64_t round_up(int64_t n) { return (n + kAlign) / kAlign * kAlign; }
+  static Block allocate(int64_t bytes);
+  static void release(Block block);
+  Block block_;
   char* next_;
 };
 

@@ -15,6 +15,7 @@ class AnomalyMap(nn.Module):
 
     Shapes: features and reference (batch, channels, h, w) -> map (batch, H, W), score (batch,).
 
+    >>> import torch
     >>> maps, scores = AnomalyMap(64)(torch.randn(2, 8, 7, 7), torch.randn(2, 8, 7, 7))
     >>> maps.shape
     torch.Size([2, 64, 64])

@@ -1,7 +1,7 @@
 """The IB-IUMAD network. Files in the order of the data flow.
 
 jitter          noise on the input features while training
-scan, mamba     ES2D selective scan; the Mamba block around it
+mamba           the Mamba block around an ES2D selective scan
 condition       image -> one condition map per encoder layer, class logits       (one per modality)
 reconstruction  jittered features -> decoder outputs, modulated by the maps      (one per modality)
 fusion          decoder outputs of all modalities -> F_fu

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from iumad.model import ops
+from iumad_kernels import anomaly_map
 
 
 def discriminate(
@@ -18,7 +18,7 @@ def discriminate(
     `score` (A22): max = largest mean of a `pool` x `pool` window of the map; std, mean = of the whole map.
     Units: those of the features; only the order of values matters.
     """
-    map_BSS, largest_B = ops.anomaly_map(reconstruction_BCGG, reference_BCGG, size, pool=pool)
+    map_BSS, largest_B = anomaly_map(reconstruction_BCGG, reference_BCGG, size, pool=pool)
     if score == "std":
         return map_BSS, map_BSS.flatten(1).std(1)
     if score == "mean":

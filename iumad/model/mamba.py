@@ -12,9 +12,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from iumad.config import ModelConfig
-from iumad.model import ops
 from iumad.model.layers import Attention
-from iumad.model.scan import ES2D
+from iumad_kernels import depthwise_conv2d
+from iumad_kernels.nn import SelectiveScan2d
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -27,12 +27,15 @@ class DepthwiseConv(nn.Conv2d):
     def forward(self, x_BHWD: Tensor) -> Tensor:
         """(B, H, W, D) to (B, H, W, D)."""
         x_BDHW = x_BHWD.permute(0, 3, 1, 2)
-        y_BDHW = ops.depthwise_conv2d(x_BDHW, self.weight, self.bias, activation=self.activation)
+        y_BDHW = depthwise_conv2d(x_BDHW, self.weight, self.bias, activation=self.activation)
         return y_BDHW.permute(0, 2, 3, 1)
 
 
 class ESSM(nn.Module):
-    """Gated state-space layer: u = LN(x); Linear(LN(ES2D(SiLU(DwConv(Linear(u))))) * SiLU(Linear(u)))."""
+    """Gated state-space layer: u = LN(x); Linear(LN(ES2D(SiLU(DwConv(Linear(u))))) * SiLU(Linear(u))).
+
+    The ES2D scan reads every cell once, in four interleaved sub-grids with directions and parameters of their own.
+    """
 
     def __init__(self, dim: int, *, expand: int, num_states: int) -> None:
         super().__init__()
@@ -40,14 +43,13 @@ class ESSM(nn.Module):
         self.norm_in = nn.LayerNorm(dim)
         self.project_in = nn.Linear(dim, 2 * inner, bias=False)
         self.conv = DepthwiseConv(inner, activation="silu")
-        self.scan = ES2D(inner, num_states=num_states, rank=math.ceil(dim / 16))
-        self.norm_out = nn.LayerNorm(inner)
+        self.scan = SelectiveScan2d(inner, num_states=num_states, rank=math.ceil(dim / 16))
         self.project_out = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x_BHWD: Tensor) -> Tensor:
         """(B, H, W, D) to (B, H, W, D)."""
         main_BHWI, gate_BHWI = self.project_in(self.norm_in(x_BHWD)).chunk(2, dim=-1)
-        main_BHWI = self.norm_out(self.scan(self.conv(main_BHWI)))
+        main_BHWI = self.scan(self.conv(main_BHWI))
         return self.project_out(main_BHWI * F.silu(gate_BHWI))
 
 

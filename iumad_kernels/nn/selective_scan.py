@@ -44,6 +44,10 @@ class _Projected(nn.Module):
         low, B, C = projected.split((self.rank, self.num_states, self.num_states), dim=-1)
         return low, B, C
 
+    def decay(self) -> Tensor:
+        """A (K, D, N), in float32 where the parameters are shorter: it is exponentiated once more."""
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
     def extra_repr(self) -> str:
         """The sizes, for print(module)."""
         return f"dim={self.dim}, num_states={self.num_states}, rank={self.rank}"
@@ -73,7 +77,7 @@ class SelectiveScan(_Projected):
         out = selective_scan(
             x_BLD.mT,
             delta_BLD.mT,
-            -torch.exp(self.A_log[0].float()),
+            self.decay()[0],
             B_BLN.mT,
             C_BLN.mT,
             self.D[0],
@@ -122,7 +126,7 @@ class SelectiveScan2d(_Projected):
         y_BDHW = selective_scan_2d(
             x_BHWD.movedim(-1, -3),
             delta.movedim(-1, -3),
-            -torch.exp(self.A_log.float()),
+            self.decay(),
             B.movedim(-1, -3),
             C.movedim(-1, -3),
             self.D,

@@ -17,7 +17,6 @@ from iumad.model.discriminator import discriminate
 from iumad.model.jitter import FeatureJitter
 from iumad.model.mamba import EfficientChannelAttention, MambaBlock
 from iumad.model.reconstruction import EncoderLayer, PositionEmbedding, Reconstruction, neighbour_mask
-from iumad.model.scan import ES2D, project_subgrids
 
 CLASSES, CHANNELS, GRID, SIDE, BATCH = 5, 24, 4, 64, 3
 
@@ -195,48 +194,6 @@ def test_neighbour_mask():
     assert blocked.sum() == 9
     assert blocked[1:4, 1:4].all()
     assert (~mask[0, 0]).sum() == 4
-
-
-@pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 4), (4, 7), (5, 3), (1, 1), (14, 14)])
-def test_cells_keep_their_place_and_use_their_own_weight(height, width):
-    """Splitting into sub-grids and back is exact for odd and even sizes; the order is ES2D's."""
-    x = torch.randn(2, height, width, 3)
-    y = project_subgrids(x, torch.eye(3) * torch.tensor([1.0, 2.0, 4.0, 8.0])[:, None, None])
-    factor = 1 + torch.arange(height)[:, None] % 2
-    factor = factor * (1 + 3 * (torch.arange(width) % 2))
-    assert torch.equal(y, x * factor[..., None])
-
-
-def test_es2d_equals_a_step_by_step_scan():
-    """Each sub-grid: h_t = exp(dt A) h_{t-1} + dt B u, y = C h + D u, each direction its own parameters."""
-    torch.manual_seed(0)
-    dim, states, rank, height, width = 3, 4, 2, 5, 6
-    scan = ES2D(dim, num_states=states, rank=rank).double()
-    x = torch.randn(2, height, width, dim, dtype=torch.float64)
-    y = scan(x)
-    for k, (row, column) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1)]):
-        own = x[:, row::2, column::2]
-        sub = own if k % 2 == 0 else own.transpose(1, 2)
-        state = torch.zeros(2, dim, states, dtype=torch.float64)
-        result = torch.zeros_like(sub)
-        A = -torch.exp(scan.A_log[k])
-        for i in range(sub.shape[1]):
-            for j in range(sub.shape[2]):
-                u = sub[:, i, j]
-                low, B, C = (u @ scan.project[k]).split((rank, states, states), dim=-1)
-                delta = F.softplus(low @ scan.delta_weight[k] + scan.delta_bias[k])
-                state = torch.exp(delta[..., None] * A) * state + (delta * u)[..., None] * B[:, None]
-                result[:, i, j] = (state * C[:, None]).sum(-1) + scan.D[k] * u
-        result = result if k % 2 == 0 else result.transpose(1, 2)
-        torch.testing.assert_close(y[:, row::2, column::2], result)
-
-
-def test_es2d_initial_state_space():
-    scan = ES2D(64, num_states=4, rank=2)
-    delta = F.softplus(scan.delta_bias)
-    assert delta.min() > 0.99e-3
-    assert delta.max() < 1.01e-1
-    torch.testing.assert_close(scan.A_log.exp()[0, 0], torch.tensor([1.0, 2.0, 3.0, 4.0]))
 
 
 @pytest.mark.parametrize("skips", [True, False])

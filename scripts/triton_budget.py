@@ -4,8 +4,9 @@
     python scripts/triton_budget.py --update   # write what was found into the budget file
 
 The launchers run on meta tensors at the project's shapes, so what is compiled is what runs. Recorded per kernel: registers
-per thread, bytes of stack (spills), bytes of shared memory, 16-byte loads, tensor-core instructions. The budget holds the
-limits: registers, stack and shared memory may not grow; 16-byte loads and tensor-core instructions may not vanish.
+per thread, bytes of stack (spills), bytes of shared memory, occupancy in percent, 16-byte loads, tensor-core instructions. The
+budget holds the limits: registers, stack and shared memory may not grow, occupancy not fall; 16-byte loads and tensor-core
+instructions may not vanish.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
+from occupancy import occupancy
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from iumad_kernels.triton import LAUNCHERS
+
 BUDGET = Path(__file__).with_suffix(".json")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"  # comes with Triton
-MODULES = (
-    "selective_scan", "selective_scan_backward", "cross_attention", "cross_attention_backward", "kl_bottleneck",
-)  # fmt: skip
+MODULES = sorted({module for module, _ in LAUNCHERS.values()})
 
 
 class NoGpu:
@@ -56,8 +58,8 @@ class NoGpu:
         return 0
 
 
-def cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Name and launch of what is compiled: the shapes of the model, and the largest attention."""
+def cases() -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """Op, name and launch of what is compiled: the shapes of the model, and the largest attention."""
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, device="meta", dtype=dtype)
@@ -91,13 +93,46 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             total, *none, p, p, labels, None, stats, 1.0, 0.0, 3, 1.0, 1.0, False, True, True
         )
 
+    def gaussian(dtype: torch.dtype) -> None:
+        from iumad_kernels.triton import gaussian_bottleneck
+
+        mu, seed = new(1176, 256, dtype=dtype), new(dtype=torch.int64)
+        sample, kl = gaussian_bottleneck.forward(mu, mu, seed, 0.0, 1.0)
+        gaussian_bottleneck.backward(sample, kl, mu, mu, seed, 0.0, 1.0)
+
+    def convolution(dtype: torch.dtype, kernel: int) -> None:
+        from iumad_kernels.triton import depthwise_conv2d
+
+        x = new(6, 14, 14, 1024, dtype=dtype).permute(0, 3, 1, 2)
+        inputs = (x, new(1024, 1, kernel, kernel), new(1024), None, None, 1, kernel // 2, kernel // 2, True)
+        depthwise_conv2d.backward(depthwise_conv2d.forward(*inputs), *inputs)
+
+    def causal(dtype: torch.dtype) -> None:
+        from iumad_kernels.triton import depthwise_conv2d
+
+        x = new(8, 1024, 1, 2048, dtype=dtype)
+        inputs = (x, new(1024, 1, 1, 4), new(1024), None, None, 1, 0, 3, True)
+        depthwise_conv2d.backward(depthwise_conv2d.forward(*inputs), *inputs)
+
+    def anomaly(dtype: torch.dtype) -> None:
+        from iumad_kernels.triton import anomaly_map
+
+        grid = new(6, 14, 14, 272, dtype=dtype).permute(0, 3, 1, 2)
+        full, score, *saved = anomaly_map.forward(grid, grid, 224, 224, 16, 4.0)
+        anomaly_map.backward(full, score, grid, grid, *saved, 224, 224, 16, 4.0, True, True)
+
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        yield name, lambda dtype=dtype: scan(dtype)
-        yield f"{name} E32", lambda dtype=dtype: attention(dtype, 32, 0.0)
-    yield "float32 E32 dropout", lambda: attention(torch.float32, 32, 0.1)
-    yield "bfloat16 E128 dropout", lambda: attention(torch.bfloat16, 128, 0.1)
-    yield "float32", divergence
+        yield "selective_scan", name, lambda dtype=dtype: scan(dtype)
+        yield "gaussian_bottleneck", name, lambda dtype=dtype: gaussian(dtype)
+        yield "depthwise_conv2d", f"{name} 3x3", lambda dtype=dtype: convolution(dtype, 3)
+        yield "cross_attention", f"{name} E32", lambda dtype=dtype: attention(dtype, 32, 0.0)
+    yield "cross_attention", "float32 E32 dropout", lambda: attention(torch.float32, 32, 0.1)
+    yield "cross_attention", "bfloat16 E128 dropout", lambda: attention(torch.bfloat16, 128, 0.1)
+    yield "depthwise_conv2d", "float32 5x5", lambda: convolution(torch.float32, 5)
+    yield "depthwise_conv2d", "float32 causal", lambda: causal(torch.float32)
+    yield "anomaly_map", "float32", lambda: anomaly(torch.float32)
+    yield "kl_bottleneck", "float32", divergence
 
 
 @contextmanager
@@ -124,7 +159,7 @@ def compiling(capability: int, found: Callable[[str, Any], None]) -> Iterator[No
             module.launch = original
 
 
-def measure(compiled: Any) -> dict[str, int]:
+def measure(compiled: Any, capability: int) -> dict[str, int]:
     """What the machine code of a kernel uses."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -135,10 +170,12 @@ def measure(compiled: Any) -> dict[str, int]:
         )
     resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert resources, usage
+    registers, shared = int(resources[1]), compiled.metadata.shared
     return {
-        "registers": int(resources[1]),
+        "registers": registers,
         "stack": int(resources[2]),
-        "shared": compiled.metadata.shared,
+        "shared": shared,
+        "occupancy": occupancy(capability, 32 * compiled.metadata.num_warps, registers, shared),
         "loads_16_bytes": len(re.findall(r"\b(?:LDG|LDGSTS)\.\S*128", code)),
         "tensor_core": len(re.findall(r"\bHG?MMA\.", code)),
     }
@@ -155,6 +192,8 @@ def compare(name: str, found: dict[str, int], limit: dict[str, int] | None) -> l
         for key in ("registers", "stack", "shared")
         if found[key] > limit[key]
     ]
+    if found["occupancy"] < limit["occupancy"]:
+        over.append(f"{name}: occupancy {found['occupancy']} %, designed for {limit['occupancy']} %")
     gone = [
         f"{name}: no {key} left, was {limit[key]}"
         for key in ("loads_16_bytes", "tensor_core")
@@ -169,19 +208,26 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--update", action="store_true", help="write the budget instead of checking it")
-    update = parser.parse_args().update
+    parser.add_argument(
+        "--only", metavar="OP", help="compile and print the kernels of one op; nothing is compared"
+    )
+    options = parser.parse_args()
     results: dict[str, dict[str, int]] = {}
     for capability in (80, 90):
-        for case, run in cases():
+        for op, case, run in cases():
+            if options.only not in (None, op):
+                continue
 
             def record(kernel: str, compiled: Any, capability: int = capability, case: str = case) -> None:
-                results[f"sm_{capability} {kernel} {case}"] = measure(compiled)
+                results[f"sm_{capability} {kernel} {case}"] = measure(compiled, capability)
 
             with compiling(capability, record):
                 run()
     for name, found in results.items():
-        print(f"{name:62}", *(f"{key} {value:<6}" for key, value in found.items()))
-    if update:
+        print(f"{name:66}", *(f"{key} {value:<6}" for key, value in found.items()))
+    if options.only:
+        return 0
+    if options.update:
         BUDGET.write_text(json.dumps({"triton": triton.__version__, "kernels": results}, indent=1) + "\n")
         return 0
     written = json.loads(BUDGET.read_text())

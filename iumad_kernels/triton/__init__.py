@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+from iumad_kernels.triton.tuning import TUNABLE, override
+
+__all__ = ["LAUNCHERS", "TUNABLE", "available", "launcher", "override", "register"]
+
 # torch op -> module of this package and launcher in it
 LAUNCHERS = {
     "selective_scan": ("selective_scan", "forward"),
@@ -19,6 +23,12 @@ LAUNCHERS = {
     "kl_divergence": ("kl_bottleneck", "divergence"),
     "kl_bottleneck": ("kl_bottleneck", "bottleneck"),
     "kl_bottleneck_backward": ("kl_bottleneck", "backward"),
+    "gaussian_bottleneck": ("gaussian_bottleneck", "forward"),
+    "gaussian_bottleneck_backward": ("gaussian_bottleneck", "backward"),
+    "depthwise_conv2d": ("depthwise_conv2d", "forward"),
+    "depthwise_conv2d_backward": ("depthwise_conv2d", "backward"),
+    "anomaly_map": ("anomaly_map", "forward"),
+    "anomaly_map_backward": ("anomaly_map", "backward"),
 }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from iumad_kernels.triton.launch import compute_type, launch, pow2
 from iumad_kernels.triton.numerics import LN2, LOG2E, matmul
+from iumad_kernels.triton.tuning import tuned
 
 BLOCK_K = 64
 
@@ -142,7 +143,7 @@ def probabilities(x, lse, first_row, i, queries):
     return tl.exp2(x - tl.where(lse_row == float("-inf"), 0.0, lse_row * LOG2E)[:, None])
 
 
-def sizes(query: Tensor, value: Tensor) -> dict[str, Any]:
+def sizes(op: str, query: Tensor, value: Tensor) -> dict[str, Any]:
     """Block sizes and precision.
 
     More queries per block mean fewer passes over the keys, until registers end (hence half as many for float32, whose products
@@ -154,11 +155,13 @@ def sizes(query: Tensor, value: Tensor) -> dict[str, Any]:
     block_q = max(16384 // max(row_bytes, 128), 16) // (1 if query.element_size() == 2 else 2)
     if block_q > 64 and batch * heads * queries < 2 * 132 * block_q:
         block_q = 64
-    return {
-        "BLOCK_Q": min(max(block_q, 16), max(pow2(queries), 16)), "BLOCK_K": BLOCK_K, "BLOCK_E": block_e, "BLOCK_V": block_v,
-        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "ieee",
+    tunable = {
+        "BLOCK_Q": min(max(block_q, 16), max(pow2(queries), 16)),
         "num_warps": 8 if block_q >= 128 or row_bytes > 128 or query.element_size() > 2 else 4, "num_stages": 2,
     }  # fmt: skip
+    precision = "tf32x3" if query.dtype == torch.float32 else "ieee"
+    fixed = {"BLOCK_K": BLOCK_K, "BLOCK_E": block_e, "BLOCK_V": block_v, "PRECISION": precision}
+    return fixed | tuned(op, tunable)
 
 
 def mask_strides(mask: Tensor | None) -> tuple[int, ...] | None:
@@ -203,7 +206,7 @@ def forward(
     lse = query.new_empty((batch, heads, queries), dtype=dtype)
     weights = query.new_empty((batch, queries, keys) if need_weights else (0,), dtype=dtype)
     common = common_arguments(query, key, attn_mask, seed, dropout_p, is_causal, scale)
-    size = sizes(query, value)
+    size = sizes("cross_attention", query, value)
     blocks = -(-queries // size["BLOCK_Q"])
     launch(
         _forward, batch * heads * blocks, query, **common, **size,

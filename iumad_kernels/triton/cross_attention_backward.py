@@ -199,7 +199,7 @@ def backward(
         "value": value, "value_s": value.stride(), "value_dim": value_dim, "lse": lse,
         "dout": grad_out, "dout_s": grad_out.stride(), "dweights": grad_weights,
     }  # fmt: skip
-    size = sizes(query, value)
+    size = sizes("cross_attention_backward", query, value)
     programs = batch * heads * -(-queries // size["BLOCK_Q"])
     if grad_weights is None:  # then the row sums are what every output got from its gradient
         delta = (out.to(dtype) * grad_out).sum(-1)

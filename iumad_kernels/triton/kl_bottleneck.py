@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iumad_kernels.triton.launch import compute_type, launch, pow2
+from iumad_kernels.triton.launch import as_rows, compute_type, laid_out_as, launch, pow2
 from iumad_kernels.triton.numerics import LOG2E, double, log1p_unit, split
+from iumad_kernels.triton.tuning import tuned
 
 STATS = (
     9  # p_max, p_scale, q_max, q_scale, p_divergence, q_divergence, p_scale_ce, q_scale_ce, taken: RowStats
@@ -256,24 +257,19 @@ def _backward(
             tl.store(dq + row * dq_s[0] + j * dq_s[1], to_q, j < classes)
 
 
-def _rows(t: Tensor | None) -> Tensor | None:
-    """(..., classes) as (rows, classes): a view where the strides allow one."""
-    return None if t is None else t.reshape(-1, t.shape[-1]) if t.numel() else t.new_empty((0, t.shape[-1]))
-
-
 def _common(
     p: Tensor, q: Tensor, labels: Tensor | None, mask: Tensor | None, temperature: float, beta: float
 ) -> dict[str, Any]:
     """What forward and backward both take."""
-    p, q, mask = _rows(p), _rows(q), _rows(mask)  # type: ignore[assignment]
+    p, q, mask = as_rows(p), as_rows(q), None if mask is None else as_rows(mask)
     block = pow2(p.shape[1], at_most=2048)
     return {
         "p": p, "q": q, "labels": labels, "mask": mask, "p_s": p.stride(), "q_s": q.stride(),
         "mask_s": None if mask is None else mask.stride(), "label_stride": 0 if labels is None else labels.stride(0),
         "classes": p.shape[1], "inverse_t": split(1 / temperature), "beta": split(beta),
         "log_beta": split(math.log(beta) if beta else 0.0), "log_rest": split(math.log1p(-beta)),
-        "MIXED": beta != 0, "BLOCK": block, "COMPUTE": compute_type(p)[1], "num_warps": max(1, block // 256),
-    }  # fmt: skip
+        "MIXED": beta != 0, "COMPUTE": compute_type(p)[1],
+    } | tuned("kl_bottleneck", {"BLOCK": block, "num_warps": max(1, block // 256)})  # fmt: skip
 
 
 def _run_forward(common: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -364,7 +360,7 @@ def backward(
     row_grad = (
         grad_divergence.reshape(-1) if grad_divergence is not None and reduction == NONE else grad_divergence
     )
-    flat_p, flat_q = _rows(dp), _rows(dq)
+    flat_p, flat_q = (None if t is None else as_rows(t) for t in (dp, dq))
     launch(
         _backward, rows, stats, grad_total=grad_total, grad_kl=row_grad, grad_p_ce=grad_p_ce, grad_q_ce=grad_q_ce,
         stats=stats, divisor=divisor, dp=flat_p, dq=flat_q,
@@ -373,11 +369,5 @@ def backward(
         scale=split(1 / max(count, 1)), kl_weight=split(kl_weight), ce_weight=split(ce_weight),
         PER_ROW=reduction == NONE, THROUGH_P=through_p, USE_KL=kl_weight != 0, USE_CE=ce_weight != 0, **common,
     )  # fmt: skip
-    return _like(dp, p), _like(dq, q)
-
-
-def _like(t: Tensor | None, like: Tensor) -> Tensor:
-    if t is None:
-        return like.new_empty(0)
-    result = torch.empty_like(like)
-    return t if result.stride() == t.stride() else result.copy_(t)
+    none = p.new_empty(0)
+    return none if dp is None else laid_out_as(p, dp), none if dq is None else laid_out_as(q, dq)

@@ -37,3 +37,14 @@ def compute_type(t: Tensor) -> tuple[torch.dtype, tl.dtype]:
 def pow2(n: int, at_most: int = 1 << 30) -> int:
     """The smallest power of two that is at least ``n``, but no more than ``at_most``: the size of a block."""
     return min(triton.next_power_of_2(max(n, 1)), at_most)
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """(..., columns) as (rows, columns): a view where the strides allow one."""
+    return t.reshape(-1, t.shape[-1]) if t.numel() else t.new_empty((0, t.shape[-1]))
+
+
+def laid_out_as(like: Tensor, t: Tensor) -> Tensor:
+    """Contiguous ``t`` with the strides that torch.empty_like gives ``like``."""
+    result = torch.empty_like(like)
+    return t if result.stride() == t.stride() else result.copy_(t)

@@ -15,7 +15,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def log1p_unit(e):
-    """log(1 + e) for 0 <= e <= 1, to about 2 units in the last place, also for tiny e: the odd series of 2 atanh(e / (2 + e))."""
+    """log(1 + e) for -1/2 <= e <= 1, to about 2 units in the last place, also for tiny e: the series of 2 atanh(e / (2 + e))."""
     s = e / (2.0 + e)
     s2 = s * s
     # s2 <= 1/9: a term more is worth a factor of 9.
@@ -36,6 +36,27 @@ def softplus(x):
 def sigmoid(x):
     """1 / (1 + exp(-x))."""
     return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def cos_sin_turns(turns):
+    """Cosine and sine of 2 pi ``turns``, 0 <= turns <= 1: Taylor series on the eighth of a turn around each quarter.
+
+    (Triton's own would carry along the reduction of huge angles, and its scratch memory.)
+    """
+    quarter = tl.floor(4.0 * turns + 0.5)
+    x = (turns - 0.25 * quarter) * 6.283185307179586  # the difference is exact
+    x2 = x * x
+    TERMS: tl.constexpr = 9 if turns.dtype == tl.float64 else 5
+    cos, sin = tl.full(x.shape, 1.0, x.dtype), tl.full(x.shape, 1.0, x.dtype)
+    for k in tl.static_range(TERMS):
+        cos = 1.0 - x2 * cos * (0.5 / ((TERMS - k) * (2 * (TERMS - k) - 1)))
+        sin = 1.0 - x2 * sin * (0.5 / ((TERMS - k) * (2 * (TERMS - k) + 1)))
+    sin *= x
+    q = quarter.to(tl.int32)
+    odd, flip_cos, flip_sin = q % 2 == 1, (q == 1) | (q == 2), (q == 2) | (q == 3)
+    c, s = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
+    return tl.where(flip_cos, -c, c), tl.where(flip_sin, -s, s)
 
 
 @triton.jit

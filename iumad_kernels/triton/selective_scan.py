@@ -18,6 +18,7 @@ from torch import Tensor
 from iumad_kernels.triton.launch import compute_type, launch, pow2
 from iumad_kernels.triton.numerics import LOG2E, sigmoid, softplus
 from iumad_kernels.triton.scan_order import advance, direction, longest, overlapping, start
+from iumad_kernels.triton.tuning import tuned
 
 # How the states are saved for backward: kScanTile, kScanChunk of csrc/core/selective_scan.h
 TILE = 16  # tokens between two saved states
@@ -130,7 +131,7 @@ def _forward(
     tl.store(last_state + (b * directions * dim + kd)[:, None] * N + n[None, :], h, both)
 
 
-def blocks(scans: int, channels: int, states: int, least: int) -> dict[str, int]:
+def blocks(op: str, scans: int, channels: int, states: int, least: int) -> dict[str, int]:
     """Sizes for ``scans`` scans of ``states`` states each, ``channels`` of them sharing B and C: BLOCK_D, BLOCK_N, warps.
 
     A thread holds 16 states; fewer, down to ``least``, where that leaves an H100 with less than 8 warps per multiprocessor:
@@ -143,7 +144,7 @@ def blocks(scans: int, channels: int, states: int, least: int) -> dict[str, int]
         per_thread //= 2
     block_d = min(max(32 * per_thread // block_n, 1), pow2(channels))
     warps = pow2(block_d * block_n // (32 * per_thread), at_most=16)
-    return {"BLOCK_D": block_d, "BLOCK_N": block_n, "num_warps": warps}
+    return {"BLOCK_N": block_n} | tuned(op, {"BLOCK_D": block_d, "num_warps": warps})
 
 
 def flat(t: Tensor) -> Tensor:
@@ -212,7 +213,7 @@ def forward(
     last_state = u.new_empty((batch, K, dim, N), dtype=dtype)
     meet = overlapping(scheme)
     out = parts(common["u"], K if meet else 1, dtype if meet else u.dtype)
-    size = blocks(batch * K * dim, dim // common["groups"], N, least=4)
+    size = blocks("selective_scan", batch * K * dim, dim // common["groups"], N, least=4)
     launch(
         _forward, batch * K * common["groups"] * -(-(dim // common["groups"]) // size["BLOCK_D"]), u, **common,
         D=D, delta_bias=delta_bias, initial_state=initial_state, h_s=None if initial_state is None else initial_state.stride(),

@@ -184,7 +184,7 @@ def backward(
     dtype, compute = compute_type(u)
     common = describe(u, delta, A, B, C, z)
     meet = overlapping(scheme)
-    size = blocks(batch * K * dim, dim // common["groups"], N, least=8)
+    size = blocks("selective_scan_backward", batch * K * dim, dim // common["groups"], N, least=8)
     count = -(-(dim // common["groups"]) // size["BLOCK_D"])  # blocks of channels in a group
 
     def new(*shape: int) -> Tensor:

@@ -71,7 +71,7 @@ def agree(triton_device: torch.device) -> Callable[..., None]:
         moved = storage.to(device, dtype or t.dtype, copy=True)
         return moved.as_strided(t.shape, t.stride(), t.storage_offset()).requires_grad_(t.requires_grad)
 
-    def check(op: Callable[..., Any], reference: Callable[..., Any], **tensors: Any) -> None:
+    def check(op: Callable[..., Any], reference: Callable[..., Any], /, **tensors: Any) -> None:
         cpu = torch.device("cpu")
         got, got_grads = outputs(op, {k: convert(t, None, triton_device) for k, t in tensors.items()})
         want, want_grads = outputs(reference, {k: convert(t, torch.float64, cpu) for k, t in tensors.items()})

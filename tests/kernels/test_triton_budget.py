@@ -23,16 +23,27 @@ def test_kernels_stay_within_their_budget():
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
 
-def test_a_broken_budget_names_the_kernel():
+def test_a_broken_budget_names_the_kernel(monkeypatch):
     pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec = importlib.util.spec_from_file_location("triton_budget", SCRIPT)
     budget = importlib.util.module_from_spec(spec)
     interpret = os.environ.get("TRITON_INTERPRET")
     spec.loader.exec_module(budget)
     if interpret is not None:
         os.environ["TRITON_INTERPRET"] = interpret
-    limit = {"registers": 64, "stack": 0, "shared": 512, "loads_16_bytes": 2, "tensor_core": 4}
+    limit = {
+        "registers": 64,
+        "stack": 0,
+        "shared": 512,
+        "occupancy": 50,
+        "loads_16_bytes": 2,
+        "tensor_core": 4,
+    }
     assert budget.compare("scan", limit, limit) == []
     assert budget.compare("scan", limit | {"stack": 8}, limit) == ["scan: stack 8, limit 0"]
     assert budget.compare("scan", limit | {"tensor_core": 0}, limit) == ["scan: no tensor_core left, was 4"]
+    assert budget.compare("scan", limit | {"occupancy": 25}, limit) == [
+        "scan: occupancy 25 %, designed for 50 %"
+    ]
     assert "scan" in budget.compare("scan", limit, None)[0]

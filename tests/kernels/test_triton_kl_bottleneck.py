@@ -110,6 +110,27 @@ def test_labels_outside_give_nan(triton_device):
     assert loss.kl.isfinite()
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+def test_two_linear_heads(agree, beta):
+    """fused_linear_kl: torch's matrix products around these kernels, three rows at a time."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {
+        "features_t": (7, 6),
+        "weight_t": (20, 6),
+        "features_s": (7, 4),
+        "weight_s": (20, 4),
+        "bias_s": (20,),
+    }
+    given = {name: torch.randn(*shape, generator=g).requires_grad_() for name, shape in shapes.items()}
+
+    def expected(features_t, weight_t, features_s, weight_s, bias_s):
+        logits = features_s @ weight_s.t() + bias_s, features_t @ weight_t.t()
+        return reference.kl_divergence(*logits, temperature=2.0, beta=beta)
+
+    fused = functools.partial(iumad_kernels.fused_linear_kl, temperature=2.0, beta=beta, chunk_rows=3)
+    agree(fused, expected, **given)
+
+
 def test_opcheck(triton_device):
     p, q = (t.detach().to(triton_device).requires_grad_() for t in logits(3, 4))
     labels = torch.tensor([0, 1, 3], device=triton_device)

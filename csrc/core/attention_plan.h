@@ -42,13 +42,14 @@ struct AttentionLimits {
       max_chunk;          // but each task has so many queries: every task packs the keys, and in backward leaves partial sums
   int64_t one_pass_keys;  // up to so many keys are taken at once,
   int64_t key_block;      // beyond it about so many (a multiple of kPhiloxBlock)
-  int64_t score_copies;   // score matrices held at a time
+  int64_t score_bytes;    // held at a time, for so many matrices of them,
+  int64_t score_copies;
+  int64_t min_rows;  // but for so many queries
 };
 
 // `weights`: they are wanted or have a gradient. A row of them is then taken at once, however long.
 template <class P>
 inline AttentionPlan plan_attention(const CrossAttention& s, bool weights, const AttentionLimits& limits) {
-  constexpr int64_t kScoreBytes = 128 * 1024, kMinRows = 96;
   using F = typename P::Compute;
   const auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
   AttentionPlan plan;
@@ -61,13 +62,13 @@ inline AttentionPlan plan_attention(const CrossAttention& s, bool weights, const
   const int64_t fewest = parts(s.queries, limits.max_chunk), most = parts(s.queries, limits.min_chunk);
   chunks = chunks > most ? most : chunks;
   chunks = chunks < fewest ? fewest : chunks;
-  plan.chunk = s.queries > 0 ? round_up(parts(s.queries, chunks), P::kStep) : 0;
+  plan.chunk = s.queries > 0 ? round_up(parts(s.queries, chunks), P::kRowStep) : 0;
   plan.chunks = plan.chunk > 0 ? parts(s.queries, plan.chunk) : 0;
 
   const int64_t row_bytes = limits.score_copies * (row_length<F>(plan.key_block) + 1) * int64_t(sizeof(F));
-  const int64_t rows = kScoreBytes / row_bytes;
-  const int64_t blocks = parts(plan.chunk, rows < kMinRows ? kMinRows : rows);
-  plan.row_block = blocks > 0 ? round_up(parts(plan.chunk, blocks), P::kStep) : 0;
+  const int64_t rows = limits.score_bytes / row_bytes;
+  const int64_t blocks = parts(plan.chunk, rows < limits.min_rows ? limits.min_rows : rows);
+  plan.row_block = blocks > 0 ? round_up(parts(plan.chunk, blocks), P::kRowStep) : 0;
   return plan;
 }
 

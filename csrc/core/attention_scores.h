@@ -126,39 +126,65 @@ inline F exp_row(F* row, int64_t padded, F factor, F shift) {
   return sum_lanes<F>(sum);
 }
 
-template <class F>
-inline void multiply_row(F* row, int64_t padded, const F* factor) {
-  for (int64_t j = 0; j < padded; j += kLanes<F>) store<F>(row + j, load(row + j) * load(factor + j));
-}
-
-// Dropout of one row: factor[j] = 1 / (1 - p) where the key survives, else 0.
-template <class F>
+// Which weights of a row survive dropout: bits for every 64 keys.
 class Dropout {
  public:
-  Dropout(const CrossAttention& s, uint32_t* words)
-      : seed_(s.seed),
-        threshold_(uint32_t(s.dropout_p * 4294967296.0)),
-        keep_(F(1 / (1 - s.dropout_p))),
-        blocks_((s.keys + kPhiloxBlock - 1) / kPhiloxBlock),
-        words_(words) {}
+  explicit Dropout(const CrossAttention& s)
+      : keys_(s.seed), threshold_(uint32_t(s.dropout_p * 4294967296.0)), blocks_(words(s.keys)) {}
 
-  static int64_t words(int64_t keys) { return round_up(keys, kPhiloxBlock); }
+  // 64-bit words for the keys of a block.
+  static int64_t words(int64_t keys) { return (keys + kPhiloxBlock - 1) / kPhiloxBlock; }
 
-  void factors(F* factor, const KeyBlock& block, int64_t row) const {
-    const int64_t count = (block.count + kPhiloxBlock - 1) / kPhiloxBlock;
-    random_words(seed_, uint64_t(row * blocks_ + block.first / kPhiloxBlock), count, words_);
-    const F keep = keep_;
-    const uint32_t threshold = threshold_, *words = words_;
-    for (int64_t j = 0; j < block.padded; ++j)
-      factor[j] = F(int(words[j] >= threshold)) * keep;  // no branch: it would not be predicted
+  void draw(uint64_t* kept, const KeyBlock& block, int64_t row) const {
+    random_bits(keys_, uint64_t(row * blocks_ + block.first / kPhiloxBlock), words(block.count), threshold_, kept);
   }
 
  private:
-  uint64_t seed_;
+  PhiloxKeys keys_;
   uint32_t threshold_;
-  F keep_;
   int64_t blocks_;
-  uint32_t* words_;
 };
+
+// The vector of a row that starts at column j, without the dropped keys.
+template <class F>
+inline Vec<F> without_dropped(const uint64_t* kept, int64_t j, Vec<F> x) {
+  return where_set<F>(kept[j / kPhiloxBlock] >> (j % kPhiloxBlock), x);
+}
+
+// row = factor * row where the key survives, else 0.
+template <class F>
+inline void drop_row(F* row, int64_t padded, const uint64_t* kept, F factor) {
+  for (int64_t j = 0; j < padded; j += kLanes<F>)
+    store<F>(row + j, without_dropped<F>(kept, j, load(row + j) * broadcast(factor)));
+}
+
+// The weights of a row whose sum is known to matter only up to `count` columns: x[v] = 0 beyond.
+template <class F, int n>
+inline void zero_beyond(int64_t count, int64_t j, Vec<F> (&x)[n]) {
+  if (j + n * kLanes<F> <= count) return;
+  for (int v = 0; v < n; ++v) x[v] = first_lanes<F>(count - j - v * kLanes<F>) ? x[v] : Vec<F>{};
+}
+
+// Largest squared length of a row of a block. NaN counts as 0.
+template <class T>
+inline float largest_square(const T* block, int64_t ld, int64_t rows, int64_t columns) {
+  using F = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  constexpr int n = kLanes<F>;
+  Vec<F> largest{};
+  for (int64_t i = 0; i < rows; i += n) {
+    Vec<F> square[n];
+    for (int r = 0; r < n; ++r) {
+      const T* row = block + (i + r < rows ? i + r : i) * ld;
+      square[r] = Vec<F>{};
+      for (int64_t j = 0; j < columns; j += n) {
+        const Vec<F> x = load_lanes(row + j);
+        square[r] = fma(x, x, square[r]);
+      }
+    }
+    const Vec<F> sum = sum_rows<F>(square);
+    largest = sum > largest ? sum : largest;
+  }
+  return float(max_lanes<F>(largest));
+}
 
 }  // namespace iumad::IUMAD_ISA

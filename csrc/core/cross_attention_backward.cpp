@@ -7,10 +7,61 @@ namespace {
 
 template <class P>
 AttentionPlan backward_plan(const CrossAttention& s, bool weights) {
-  return plan_attention<P>(
-      s, weights,
-      {.tasks = 16, .min_chunk = 256, .max_chunk = 1 << 20, .one_pass_keys = 384, .key_block = 320, .score_copies = 2});
+  return plan_attention<P>(s, weights,
+                           {.tasks = 16,
+                            .min_chunk = 256,
+                            .max_chunk = 1 << 20,
+                            .one_pass_keys = 384,
+                            .key_block = 320,
+                            .score_bytes = 128 * 1024,
+                            .score_copies = 2,
+                            .min_rows = 96});
 }
+
+// Scores in registers -> their weights P = 2^(scale score - shift of the row).
+template <class F>
+struct Weights {
+  Vec<F> scale;
+  const F* shift;
+  int64_t count;  // keys; the columns beyond are padding
+
+  template <int n>
+  void operator()(int64_t i, int64_t j, Vec<F> (&x)[n]) const {
+    const Vec<F> offset = broadcast(-shift[i]);
+#pragma GCC unroll 4
+    for (int v = 0; v < n; ++v) x[v] = exp2_to_zero<F>(fma(x[v], scale, offset));
+    zero_beyond<F>(count, j, x);
+  }
+};
+
+// Gradients of the weights D in registers -> gradients of the scores x; where weights are dropped, P in memory -> D (1 - p).
+template <class F>
+struct ScoreGradients {
+  F* weights;
+  int64_t ld;
+  const F* delta;        // of the row
+  const uint64_t* kept;  // null: none is dropped
+  int64_t words;         // of a row of `kept`
+  Vec<F> keep_scale;
+  Prefetcher* prefetcher;
+
+  template <int n>
+  void operator()(int64_t i, int64_t j, Vec<F> (&x)[n]) const {
+    F* p = weights + i * ld + j;
+    const Vec<F> mean = broadcast(delta[i]);
+#pragma GCC unroll 4
+    for (int v = 0; v < n; ++v) {
+      const Vec<F> weight = load(p + v * kLanes<F>);
+      if (kept) {
+        const int64_t column = j + v * kLanes<F>;
+        x[v] = without_dropped<F>(kept + i * words, column, x[v] * keep_scale);
+        store<F>(p + v * kLanes<F>, without_dropped<F>(kept + i * words, column, weight));
+      }
+      x[v] = weight * (x[v] - mean);
+    }
+    prefetcher->step();
+  }
+};
 
 template <class P>
 class Backward {
@@ -26,6 +77,8 @@ class Backward {
         value_dim_(round_up(s.value_dim, P::kStep)),
         keys_(round_up(plan_.key_block, P::kStep)),
         rows_(s.group() * plan_.chunk),
+        words_(Dropout::words(keys_)),
+        keep_scale_(F(1 / (1 - s.dropout_p))),
         ld_query_(row_length<T>(dim_)),
         ld_value_(row_length<T>(value_dim_)),
         ld_query_grad_(row_length<F>(dim_)),
@@ -47,11 +100,12 @@ class Backward {
         query_grad_(scratch_.take<F>(rows_ * ld_query_grad_)),
         key_grad_(scratch_.take<F>(dim_ * ld_score_)),
         value_grad_(scratch_.take<F>(value_dim_ * ld_score_)),
-        row_(scratch_.take<F>((keys_ > plan_.chunk ? keys_ : plan_.chunk) * ld_row_ * 2)),
+        row_(scratch_.take<F>((keys_ > plan_.chunk ? keys_ : plan_.chunk) * ld_row_)),
         delta_(scratch_.take<F>(rows_)),
-        bias_(scratch_.take<F>(keys_ + kPhiloxBlock)),
-        factor_(scratch_.take<F>(keys_ + kPhiloxBlock)),
-        dropout_(s, scratch_.take<uint32_t>(Dropout<F>::words(keys_))) {}
+        shift_(scratch_.take<F>(rows_)),
+        bias_(scratch_.take<F>(keys_)),
+        kept_(scratch_.take<uint64_t>(score_rows() * words_)),
+        dropout_(s) {}
 
   // `next`: the task after this one on the same thread, or -1.
   void run(int64_t task, int64_t next) {
@@ -59,8 +113,8 @@ class Backward {
     chunk_ = task % plan_.chunks;
     first_ = range.first;
     count_ = range.count;
+    prefetcher_.clear();
     if (plan_.all_heads) {
-      prefetcher_.start(0);
       for (int64_t h = 0; h < s_.key_heads; ++h) run_head(range.batch, h);
     } else {
       prefetch(range.batch, range.key_head, next);
@@ -80,13 +134,12 @@ class Backward {
            Scratch::bytes<T>(P::transposed_size(value_dim_, keys_)) + Scratch::bytes<T>(row_block_keys) +
            2 * Scratch::bytes<F>(score_rows() * ld_score_) + Scratch::bytes<F>(rows_ * ld_query_grad_) +
            Scratch::bytes<F>(dim_ * ld_score_) + Scratch::bytes<F>(value_dim_ * ld_score_) +
-           Scratch::bytes<F>((keys_ > plan_.chunk ? keys_ : plan_.chunk) * ld_row_ * 2) + Scratch::bytes<F>(rows_) +
-           2 * Scratch::bytes<F>(keys_ + kPhiloxBlock) + Scratch::bytes<uint32_t>(Dropout<F>::words(keys_));
+           Scratch::bytes<F>((keys_ > plan_.chunk ? keys_ : plan_.chunk) * ld_row_) + 2 * Scratch::bytes<F>(rows_) +
+           Scratch::bytes<F>(keys_) + Scratch::bytes<uint64_t>(score_rows() * words_);
   }
 
   void prefetch(int64_t b, int64_t key_head, int64_t next) {
     const int64_t head = key_head * s_.group();
-    prefetcher_.start(s_.group() * count_);
     prefetcher_.add(rows_of(d_.query, b, head, first_, count_, s_.dim), true);
     prefetcher_.add(rows_of(with_part(d_.key, d_.key_part), b, key_head, 0, s_.keys, s_.dim), true);
     prefetcher_.add(rows_of(with_part(d_.value, d_.value_part), b, key_head, 0, s_.keys, s_.value_dim), true);
@@ -114,17 +167,20 @@ class Backward {
       key_rows_ = P::right_from_rows(key_, ld_query_, block.padded, dim_, key_form_);
       keys_by_dim_ = P::right_from_columns(key_, ld_query_, block.padded, dim_, key_columns_);
       values_by_dim_ = P::right_from_columns(value_, ld_value_, block.padded, value_dim_, value_columns_);
+      if (k == 0)
+        prefetcher_.spread((s_.keys + plan_.key_block - 1) / plan_.key_block * s_.group() * count_ *
+                           P::calls_per_row(block.padded));
       std::memset(key_grad_, 0, size_t(dim_ * ld_score_) * sizeof(F));
       std::memset(value_grad_, 0, size_t(value_dim_ * ld_score_) * sizeof(F));
       for (int64_t g = 0; g < s_.group(); ++g)
         for (int64_t i = 0; i < count_; i += plan_.row_block)
           attend(b, key_head * s_.group() + g, i, g * plan_.chunk + i, block, query_columns, out_grad_columns);
       store_columns(key_grad_, dim_, s_.dim, block, with_part(d_.key, d_.key_part), b, key_head, F(s_.scale));
-      store_columns(value_grad_, value_dim_, s_.value_dim, block, with_part(d_.value, d_.value_part), b, key_head, F(1));
+      store_columns(value_grad_, value_dim_, s_.value_dim, block, with_part(d_.value, d_.value_part), b, key_head, keep_scale_);
     }
     for (int64_t g = 0; g < s_.group(); ++g)
       store_rows(query_grad_ + g * plan_.chunk * ld_query_grad_, ld_query_grad_,
-                 rows_of(d_.query, b, key_head * s_.group() + g, first_, count_, s_.dim), F(s_.scale));
+                 rows_of(d_.query, b, key_head * s_.group() + g, first_, count_, s_.dim), [&](int64_t) { return F(s_.scale); });
   }
 
   HeadView with_part(HeadView t, int64_t stride) const {
@@ -132,17 +188,19 @@ class Backward {
     return t;
   }
 
-  // Queries, the output's gradient, and delta = out . dout of one head of the chunk.
+  // Queries, the output's gradient, shift (the log-sum-exp in units of log 2) and delta = out . dout of one head of the chunk.
   void load_queries(int64_t b, int64_t head, int64_t row) {
-    const Rows out_grad = rows_of(d_.out, b, head, first_, count_, s_.value_dim);
     load_rows(query_ + row * ld_query_, ld_query_, plan_.chunk, dim_, rows_of(s_.query, b, head, first_, count_, s_.dim));
-    load_rows(out_grad_ + row * ld_value_, ld_value_, plan_.chunk, value_dim_, out_grad);
-    F *out = row_, *grad = row_ + plan_.chunk * ld_row_;
-    load_rows(out, ld_row_, count_, value_dim_, rows_of(s_.out, b, head, first_, count_, s_.value_dim));
-    load_rows(grad, ld_row_, count_, value_dim_, out_grad);
+    load_rows(out_grad_ + row * ld_value_, ld_value_, plan_.chunk, value_dim_,
+              rows_of(d_.out, b, head, first_, count_, s_.value_dim));
+    load_rows(row_, ld_row_, count_, value_dim_, rows_of(s_.out, b, head, first_, count_, s_.value_dim));
+    const F* lse = static_cast<const F*>(s_.lse) + (b * s_.heads + head) * s_.queries + first_;
     for (int64_t i = 0; i < count_; ++i) {
+      shift_[row + i] = lse[i] == -kInfinity<F> ? kInfinity<F> : lse[i] * kLog2E<F>;  // nothing seen: P = 0
       Vec<F> sum{};
-      for (int64_t j = i * ld_row_; j < i * ld_row_ + value_dim_; j += kLanes<F>) sum = fma(load(out + j), load(grad + j), sum);
+      const F* out = row_ + i * ld_row_;
+      const T* grad = out_grad_ + (row + i) * ld_value_;
+      for (int64_t j = 0; j < value_dim_; j += kLanes<F>) sum = fma(load(out + j), load_lanes(grad + j), sum);
       delta_[row + i] = sum_lanes<F>(sum);
     }
   }
@@ -157,11 +215,22 @@ class Backward {
     }
     const auto query = P::left_from_rows(query_ + row * ld_query_, ld_query_);
     const auto out_grad = P::left_from_rows(out_grad_ + row * ld_value_, ld_value_);
-    P::multiply(count, block.padded, s_.dim, query, keys_by_dim_, score_, ld_score_, false);
-    P::multiply(count, block.padded, s_.value_dim, out_grad, values_by_dim_, score_grad_, ld_score_, false);
-    for (int64_t r = 0; r < count; ++r) {
-      differentiate_row(b, head, i + r, row + r, block, score_ + r * ld_score_, score_grad_ + r * ld_score_);
-      prefetcher_.step();
+    if (s_.mask.data || s_.causal || d_.weights) {
+      P::multiply(count, block.padded, s_.dim, query, keys_by_dim_, score_, ld_score_, false);
+      P::multiply(count, block.padded, s_.value_dim, out_grad, values_by_dim_, score_grad_, ld_score_, false);
+      for (int64_t r = 0; r < count; ++r) {
+        differentiate_row(b, head, i + r, row + r, block, score_ + r * ld_score_, score_grad_ + r * ld_score_);
+        prefetcher_.step();
+      }
+    } else {
+      const bool drops = s_.dropout_p > 0;
+      if (drops)
+        for (int64_t r = 0; r < count; ++r) dropout_.draw(kept_ + r * words_, block, position(b, head, i + r));
+      P::multiply(count, block.padded, s_.dim, query, keys_by_dim_, score_, ld_score_, false,
+                  Weights<F>{broadcast(F(s_.scale) * kLog2E<F>), shift_ + row, block.count});
+      P::multiply(count, block.padded, s_.value_dim, out_grad, values_by_dim_, score_grad_, ld_score_, false,
+                  ScoreGradients<F>{score_, ld_score_, delta_ + row, drops ? kept_ : nullptr, words_, broadcast(keep_scale_),
+                                    &prefetcher_});
     }
 
     const auto weights = P::right_from_scores(score_, ld_score_, count, block.padded, score_form_);
@@ -172,17 +241,19 @@ class Backward {
     P::multiply(count, dim_, block.count, rows, key_rows_, query_grad_ + row * ld_query_grad_, ld_query_grad_, true);
   }
 
-  // scores -> the weights D, gradient of D -> gradient of x, in place.
+  int64_t position(int64_t b, int64_t head, int64_t i) const { return (b * s_.heads + head) * s_.queries + first_ + i; }
+
+  // scores -> the weights D (1 - p), gradient of D -> gradient of x, in place.
   void differentiate_row(int64_t b, int64_t head, int64_t i, int64_t row, const KeyBlock& block, F* score, F* grad) {
-    const int64_t query = first_ + i, position = (b * s_.heads + head) * s_.queries + query;
+    const int64_t query = first_ + i;
     const bool drops = s_.dropout_p > 0;
     if (s_.mask.data) load_bias(bias_, s_.mask, block, b, head, query);
-    if (drops) dropout_.factors(factor_, block, position);
+    if (drops) dropout_.draw(kept_, block, position(b, head, i));
     if (d_.weights) {
       const F* weights = static_cast<const F*>(d_.weights) + (b * s_.queries + query) * s_.keys;
       for (int64_t j = 0; j < block.count; ++j) grad[j] += weights[j] / F(s_.heads);
     }
-    if (drops) multiply_row(grad, block.padded, factor_);
+    if (drops) drop_row(grad, block.padded, kept_, keep_scale_);
     const int64_t visible = visible_keys(s_, block, query);
     F factor = F(s_.scale) * kLog2E<F>;
     if (s_.mask.data || visible < block.count) {
@@ -190,9 +261,7 @@ class Backward {
       factor = F(1);
     }
 
-    const F lse = static_cast<const F*>(s_.lse)[position];
-    const F shift = lse == -kInfinity<F> ? kInfinity<F> : lse * kLog2E<F>;  // nothing seen: P = 0
-    const Vec<F> scale = broadcast(factor), offset = broadcast(-shift);
+    const Vec<F> scale = broadcast(factor), offset = broadcast(-shift_[row]);
     F delta = delta_[row];
     if (d_.weights) {
       for (int64_t j = 0; j < block.padded; j += kLanes<F>)
@@ -210,7 +279,7 @@ class Backward {
     }
     for (int64_t j = block.count; j < block.padded; ++j) score[j] = grad[j] = F(0);
     if (d_.mask) store_mask_grad(b, head, query, block, grad);
-    if (drops) multiply_row(score, block.padded, factor_);
+    if (drops) drop_row(score, block.padded, kept_, F(1));
   }
 
   void store_mask_grad(int64_t b, int64_t head, int64_t query, const KeyBlock& block, const F* grad) const {
@@ -228,18 +297,21 @@ class Backward {
   void store_columns(const F* src, int64_t padded_dim, int64_t dim, const KeyBlock& block, const HeadView& target, int64_t b,
                      int64_t key_head, F factor) {
     transpose_rows(row_, ld_row_, src, ld_score_, padded_dim, block.padded);
-    store_rows(row_, ld_row_, rows_of(target, b, key_head, block.first, block.count, dim), factor);
+    store_rows(row_, ld_row_, rows_of(target, b, key_head, block.first, block.count, dim), [&](int64_t) { return factor; });
   }
 
   const CrossAttention& s_;
   const CrossAttentionGradients& d_;
   const AttentionPlan plan_;
-  const int64_t dim_, value_dim_, keys_, rows_, ld_query_, ld_value_, ld_query_grad_, ld_row_, ld_score_;
+  const int64_t dim_, value_dim_, keys_, rows_, words_;
+  const F keep_scale_;
+  const int64_t ld_query_, ld_value_, ld_query_grad_, ld_row_, ld_score_;
   Scratch scratch_;
   T *query_, *out_grad_, *query_columns_, *out_grad_columns_, *key_, *value_, *key_form_, *key_columns_, *value_columns_,
       *score_form_;
-  F *score_, *score_grad_, *query_grad_, *key_grad_, *value_grad_, *row_, *delta_, *bias_, *factor_;
-  Dropout<F> dropout_;
+  F *score_, *score_grad_, *query_grad_, *key_grad_, *value_grad_, *row_, *delta_, *shift_, *bias_;
+  uint64_t* kept_;
+  const Dropout dropout_;
   typename P::Right key_rows_{}, keys_by_dim_{}, values_by_dim_{};
   Prefetcher prefetcher_;
   int64_t chunk_ = 0, first_ = 0, count_ = 0;  // the chunk's queries

@@ -4,33 +4,49 @@
 // matrices. A kernel written against this interface works with both:
 //
 //   Operand       element type of the blocks: load_rows<Operand> makes them
-//   kStep         rows and columns of every block are allocated and zero-filled up to a multiple of this
+//   kStep         columns of every block are allocated and zero-filled up to a multiple of this, rows up to one of kRowStep
 //   Left, Right   an operand in the form in which `multiply` reads it; *_from_* make one out of a block, into a buffer of `size`
 //                 elements where the form differs (Dense reads the block itself and leaves the buffer alone)
+//   finish        what `multiply` does to the sums before it stores them: finish(i, j, x) has the vectors x[0], x[1], ... of
+//                 row i from column j on, in registers, and changes them in place
 #pragma once
 
 #include "rows.h"
 
 namespace iumad::IUMAD_ISA {
 
+struct AsIs {
+  template <class V, int n>
+  void operator()(int64_t, int64_t, V (&)[n]) const {}
+};
+
 namespace detail {
 
-// A tile of kRows x (kVectors vectors) of C, held in registers for the whole depth.
-template <class F, int kRows, int kVectors>
-inline void multiply_tile(int64_t depth, const F* a, int64_t a_row, int64_t a_depth, const F* b, int64_t ldb, F* c, int64_t ldc,
-                          bool accumulate) {
+// A tile of kRows x (kVectors vectors) of C, held in registers for the whole depth. i, j: its place in C, for `finish`.
+// Flattened: one call that stays a call inside the loops would put all sums in memory.
+template <bool kAccumulate, class F, int kRows, int kVectors, class Finish>
+[[gnu::flatten]] inline void multiply_tile(int64_t depth, const F* a, int64_t a_row, int64_t a_depth, const F* b, int64_t ldb,
+                                           F* c, int64_t ldc, int64_t i, int64_t j, const Finish& finish) {
   using V = Vec<F>;
   V sum[kRows][kVectors];
+  // The pointer to a row is a new value at every row: the compiler would keep kRows of them at once, in vector registers.
+  F* row = c;
+  const auto next = [&] {
+    row += ldc;
+    asm("" : "+r"(row));
+  };
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = accumulate ? load(c + r * ldc + v * kLanes<F>) : V{};
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = kAccumulate ? load(row + v * kLanes<F>) : V{};
+    if (kAccumulate) next();
+  }
 
   // Three rows share a pointer (address = pointer + {0, 1, 2} strides), else the pointers do not fit the integer registers.
   constexpr int kPointers = (kRows + 2) / 3;
   const char* left[kPointers];
-  for (int i = 0; i < kPointers; ++i) left[i] = reinterpret_cast<const char*>(a + 3 * i * a_row);
   const int64_t row_bytes = a_row * int64_t(sizeof(F)), depth_bytes = a_depth * int64_t(sizeof(F));
+  for (int p = 0; p < kPointers; ++p) left[p] = reinterpret_cast<const char*>(a) + 3 * p * row_bytes;
   for (int64_t k = 0; k < depth; ++k) {
     V right[kVectors];
 #pragma GCC unroll 4
@@ -43,12 +59,17 @@ inline void multiply_tile(int64_t depth, const F* a, int64_t a_row, int64_t a_de
     }
     b += ldb;
 #pragma GCC unroll 8
-    for (int i = 0; i < kPointers; ++i) left[i] += depth_bytes;
+    for (int p = 0; p < kPointers; ++p) left[p] += depth_bytes;
   }
+
+  row = c;
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows; ++r) {
+    finish(i + r, j, sum[r]);
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store<F>(c + r * ldc + v * kLanes<F>, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) store<F>(row + v * kLanes<F>, sum[r][v]);
+    next();
+  }
 }
 
 }  // namespace detail
@@ -57,7 +78,7 @@ template <class F>
 struct Dense {
   using Compute = F;
   using Operand = F;
-  static constexpr int64_t kStep = kLanes<F>;
+  static constexpr int64_t kStep = kLanes<F>, kRowStep = 4;
 
   struct Left {
     const F* data;
@@ -67,6 +88,7 @@ struct Dense {
   struct Right {
     const F* data;
     int64_t depth;  // stride
+    Right from_depth(int64_t k) const { return {data + k * depth, depth}; }
   };
 
   // Nothing to set up for the thread that multiplies.
@@ -79,6 +101,9 @@ struct Dense {
   // block[k][m], read as A[m][k].
   static Left left_from_columns(const F* block, int64_t ld, int64_t, int64_t, F*) { return {block, 1, ld}; }
   static Left left_from_scores(const F* scores, int64_t ld, int64_t, int64_t, F*) { return {scores, ld, 1}; }
+  // Where `multiply` may store scores that become a Left by left_from_rows.
+  static F* rows_of_left(F* scores, F*) { return scores; }
+  static int64_t row_length_of_left(int64_t columns) { return row_length<F>(columns); }
   static Right right_from_rows(const F* block, int64_t ld, int64_t, int64_t, F*) { return {block, ld}; }
   static Right right_from_scores(const F* scores, int64_t ld, int64_t, int64_t, F*) { return {scores, ld}; }
   // block[n][k], read as B[k][n].
@@ -88,46 +113,60 @@ struct Dense {
     return {buffer, ldb};
   }
 
+  // How often `multiply` calls `finish` for every row of n columns.
+  static int64_t calls_per_row(int64_t n) { return (n + kMaxVectors * kStep - 1) / (kMaxVectors * kStep); }
+
   // n is rounded up to whole vectors.
-  static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, F* c, int64_t ldc, bool accumulate) {
-    constexpr int kMaxVectors = kVectorBytes == 64 ? 4 : 2;
-    constexpr int64_t kDepthBlock = 128;  // keeps the panel of B that a column of tiles shares in the first-level cache
+  template <class Finish = AsIs>
+  static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, F* c, int64_t ldc, bool accumulate,
+                       const Finish& finish = {}) {
+    const int64_t depth_block = n <= 2 * kStep ? 256 : 128;  // keeps the panel of B that a column of tiles shares near
+    int64_t k = 0;
+    for (; k + depth_block < depth; k += depth_block)
+      multiply_part(m, n, depth_block, a.from_depth(k), b.from_depth(k), c, ldc, accumulate || k > 0, AsIs{});
+    multiply_part(m, n, depth - k, a.from_depth(k), b.from_depth(k), c, ldc, accumulate || k > 0, finish);
+  }
+
+ private:
+  static constexpr int kMaxVectors = kVectorBytes == 64 ? 4 : 2;
+
+  template <class Finish>
+  static void multiply_part(int64_t m, int64_t n, int64_t depth, Left a, Right b, F* c, int64_t ldc, bool accumulate,
+                            const Finish& finish) {
     const int64_t vectors = (n + kStep - 1) / kStep, panels = (vectors + kMaxVectors - 1) / kMaxVectors;
-    if (depth == 0 && !accumulate)
-      for (int64_t i = 0; i < m; ++i) std::memset(c + i * ldc, 0, size_t(vectors * kStep) * sizeof(F));
-    for (int64_t k = 0; k < depth; k += kDepthBlock) {
-      const int64_t part = depth - k < kDepthBlock ? depth - k : kDepthBlock;
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        const int64_t first = vectors * panel / panels, count = vectors * (panel + 1) / panels - first;
-        const auto run = [&](auto width) {
-          constexpr int kVectors = decltype(width)::value;
-          multiply_panel<kVectors>(m, part, a.data + k * a.depth, a, b.data + k * b.depth + first * kStep, b.depth,
-                                   c + first * kStep, ldc, accumulate || k > 0);
-        };
-        if (count == 1) run(std::integral_constant<int, 1>{});
-        if (count == 2) run(std::integral_constant<int, 2>{});
-        if constexpr (kMaxVectors == 4) {
-          if (count == 3) run(std::integral_constant<int, 3>{});
-          if (count == 4) run(std::integral_constant<int, 4>{});
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t first = vectors * panel / panels, count = vectors * (panel + 1) / panels - first;
+      const auto run = [&](auto width) {
+        constexpr int kVectors = decltype(width)::value;
+        if (accumulate) {
+          multiply_panel<kVectors, true>(m, depth, a, b.data + first * kStep, b.depth, c, ldc, first * kStep, finish);
+        } else {
+          multiply_panel<kVectors, false>(m, depth, a, b.data + first * kStep, b.depth, c, ldc, first * kStep, finish);
         }
+      };
+      if (count == 1) run(std::integral_constant<int, 1>{});
+      if (count == 2) run(std::integral_constant<int, 2>{});
+      if constexpr (kMaxVectors == 4) {
+        if (count == 3) run(std::integral_constant<int, 3>{});
+        if (count == 4) run(std::integral_constant<int, 4>{});
       }
     }
   }
 
- private:
-  template <int kVectors>
-  static void multiply_panel(int64_t m, int64_t depth, const F* a, Left left, const F* b, int64_t ldb, F* c, int64_t ldc,
-                             bool accumulate) {
+  template <int kVectors, bool kAccumulate, class Finish>
+  static void multiply_panel(int64_t m, int64_t depth, Left a, const F* b, int64_t ldb, F* c, int64_t ldc, int64_t j,
+                             const Finish& finish) {
     constexpr int kRows = (kVectorBytes == 64 ? 24 : 12) / (kVectors == 1 ? 2 : kVectors);
     int64_t i = 0;
     const auto run = [&](auto rows) {
       constexpr int kTile = decltype(rows)::value;
       for (; i + kTile <= m; i += kTile)
-        detail::multiply_tile<F, kTile, kVectors>(depth, a + i * left.row, left.row, left.depth, b, ldb, c + i * ldc, ldc,
-                                                  accumulate);
+        detail::multiply_tile<kAccumulate, F, kTile, kVectors>(depth, a.data + i * a.row, a.row, a.depth, b, ldb, c + i * ldc + j,
+                                                               ldc, i, j, finish);
     };
     run(std::integral_constant<int, kRows>{});
     run(std::integral_constant<int, 4>{});
+    run(std::integral_constant<int, 2>{});
     run(std::integral_constant<int, 1>{});
   }
 };

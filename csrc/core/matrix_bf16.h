@@ -13,7 +13,8 @@ namespace iumad::IUMAD_ISA {
 struct Bf16Pairs {
   using Compute = float;
   using Operand = BFloat16;
-  static constexpr int64_t kStep = 32;  // the depth of a tile, and twice its rows and columns: multiply takes tiles 2 x 2
+  static constexpr int64_t kStep = 32,
+                           kRowStep = 32;  // the depth of a tile, and twice its rows and columns: multiply takes tiles 2 x 2
 
   struct Left {
     const BFloat16* data;
@@ -67,6 +68,9 @@ struct Bf16Pairs {
     return {buffer, lda};
   }
 
+  static BFloat16* rows_of_left(float*, BFloat16* buffer) { return buffer; }
+  static int64_t row_length_of_left(int64_t columns) { return row_length<BFloat16>(columns); }
+
   static Left left_from_scores(const float* scores, int64_t ld, int64_t rows, int64_t columns, BFloat16* buffer) {
     const int64_t lda = row_length<BFloat16>(columns);
     for (int64_t i = 0; i < rows; ++i)
@@ -108,16 +112,37 @@ struct Bf16Pairs {
     return {reinterpret_cast<const uint32_t*>(buffer), ldb};
   }
 
+  // How often `multiply` calls `finish` for every row of n columns.
+  static int64_t calls_per_row(int64_t n) { return (n + kStep - 1) / kStep; }
+
   // m, n and depth are rounded up to kStep: the operands are zero there.
   static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, float* c, int64_t ldc, bool accumulate) {
     for (int64_t j = 0; j < n; j += kStep)
       for (int64_t i = 0; i < m; i += kStep)
         multiply_block(round_up(depth, kStep), a.data + i * a.row, a.row, b.data + j, b.depth, c + i * ldc + j, ldc, accumulate);
   }
+  // The same for a C of float or BFloat16, by way of `finish`; not in place.
+  template <class C, class Finish>
+  static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, C* c, int64_t ldc, bool, const Finish& finish) {
+    alignas(64) float sum[kStep * kStep];
+    for (int64_t j = 0; j < n; j += kStep)
+      for (int64_t i = 0; i < m; i += kStep) {
+        multiply_block(round_up(depth, kStep), a.data + i * a.row, a.row, b.data + j, b.depth, sum, kStep, false);
+        for (int64_t r = 0; r < kStep; ++r) {
+          Vec<float> x[2] = {load(sum + r * kStep), load(sum + r * kStep + 16)};
+          finish(i + r, j, x);
+          C* to = c + (i + r) * ldc + j;
+          store_sums(to, x[0]);
+          store_sums(to + 16, x[1]);
+        }
+      }
+  }
 
  private:
   static __m256i load_half(const BFloat16* p) { return _mm256_loadu_si256((const __m256i*)p); }
   static __m256i rounded(const float* p) { return (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(p)); }
+  static void store_sums(float* p, Vec<float> x) { store<float>(p, x); }
+  static void store_sums(BFloat16* p, Vec<float> x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
   static __m512i interleave(__m256i even, __m256i odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
   }

@@ -21,6 +21,19 @@ namespace iumad::IUMAD_ISA {
 
 constexpr int kPhiloxBlock = 64;  // words
 
+// The keys of the ten rounds, in every lane.
+struct PhiloxKeys {
+  explicit PhiloxKeys(uint64_t seed) {
+    uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      first[round] = Vec<uint64_t>{} + key0, second[round] = Vec<uint64_t>{} + key1;
+      key0 += 0x9E3779B9u;
+      key1 += 0xBB67AE85u;
+    }
+  }
+  Vec<uint64_t> first[10], second[10];
+};
+
 namespace detail {
 
 // Product of the low halves of every 64-bit lane.
@@ -36,22 +49,62 @@ inline Vec<uint64_t> multiply_low_halves(Vec<uint64_t> a, Vec<uint64_t> b) {
 #endif
 }
 
+// The high half of every 64-bit lane in its low half (the high half is noise), by a shuffle: with shifts for every other product
+// the work is spread over both ports that have 512-bit instructions.
+inline Vec<uint64_t> shuffle_high_halves(Vec<uint64_t> a) {
+#if defined(__AVX512F__)
+  return (Vec<uint64_t>)_mm512_shuffle_epi32((__m512i)a, _MM_PERM_ENUM(0xF5));
+#else
+  return a >> 32;
+#endif
+}
+
+inline Vec<uint64_t> exclusive_or(Vec<uint64_t> a, Vec<uint64_t> b, Vec<uint64_t> c) {
+#if defined(__AVX512F__)
+  return (Vec<uint64_t>)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
+#else
+  return a ^ b ^ c;
+#endif
+}
+
 // Ten rounds on one counter per 64-bit lane; each of the four words occupies the low half of its lane (the high half is noise).
-inline void philox(uint64_t seed, Vec<uint64_t> counter, Vec<uint64_t> (&word)[4]) {
+inline void philox(const PhiloxKeys& keys, Vec<uint64_t> counter, Vec<uint64_t> (&word)[4]) {
   using U = Vec<uint64_t>;
   const U multiplier0 = U{} + 0xD2511F53u, multiplier1 = U{} + 0xCD9E8D57u;
-  U c0 = counter, c1 = counter >> 32, c2{}, c3{};
-  uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const U product0 = multiply_low_halves(c0, multiplier0), product1 = multiply_low_halves(c2, multiplier1);
-    c0 = (product1 >> 32) ^ c1 ^ (U{} + key0);
-    c2 = (product0 >> 32) ^ c3 ^ (U{} + key1);
+  // Round 1, where the last two counter words are 0.
+  U product0 = multiply_low_halves(counter, multiplier0), product1;
+  U c0 = (counter >> 32) ^ keys.first[0], c1{}, c2 = (product0 >> 32) ^ keys.second[0], c3 = product0;
+  IUMAD_UNROLL for (int round = 1; round < 10; ++round) {
+    product0 = multiply_low_halves(c0, multiplier0), product1 = multiply_low_halves(c2, multiplier1);
+    c0 = exclusive_or(product1 >> 32, c1, keys.first[round]);
+    c2 = exclusive_or(shuffle_high_halves(product0), c3, keys.second[round]);
     c1 = product1;
     c3 = product0;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
   }
   word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
+}
+
+}  // namespace detail
+
+namespace detail {
+
+// Calls f(b, lane, w, even, odd) for all words of blocks [first, first + count), 2 kLanes<uint64_t> words at a time: words
+// `lane`, `lane + 1`, ... of the w-th sixteen of block b, alternately in the low halves of `even` and of `odd`.
+template <class Body>
+inline void for_random_words(const PhiloxKeys& keys, uint64_t first, int64_t count, Body&& f) {
+  using U = Vec<uint64_t>;
+  constexpr int n = kLanes<uint64_t>;
+  U even;  // counters 0, 2, 4, ...
+  for (int lane = 0; lane < n; ++lane) even[lane] = uint64_t(2 * lane);
+  for (int64_t b = 0; b < count; ++b) {
+    for (int lane = 0; lane < 16; lane += 2 * n) {
+      const U counter = even + (16 * (first + uint64_t(b)) + uint64_t(lane));
+      U low[4], high[4];
+      philox(keys, counter, low);
+      philox(keys, counter + 1, high);
+      for (int w = 0; w < 4; ++w) f(b, lane, w, low[w], high[w]);
+    }
+  }
 }
 
 }  // namespace detail
@@ -59,21 +112,47 @@ inline void philox(uint64_t seed, Vec<uint64_t> counter, Vec<uint64_t> (&word)[4
 // The words of blocks [first, first + count) of stream `seed`, 64 each.
 inline void random_words(uint64_t seed, uint64_t first, int64_t count, uint32_t* words) {
   using U = Vec<uint64_t>;
-  constexpr int n = kLanes<uint64_t>;
-  U even;  // counters 0, 2, 4, ...: with the odd ones in the upper halves the words come out in order
-  for (int lane = 0; lane < n; ++lane) even[lane] = uint64_t(2 * lane);
-  for (int64_t b = 0; b < count; ++b) {
-    for (int lane = 0; lane < 16; lane += 2 * n) {
-      const U counter = even + (16 * (first + uint64_t(b)) + uint64_t(lane));
-      U low[4], high[4];
-      detail::philox(seed, counter, low);
-      detail::philox(seed, counter + 1, high);
-      for (int w = 0; w < 4; ++w) {
-        const U both = (low[w] & 0xffffffff) | (high[w] << 32);
-        std::memcpy(words + b * kPhiloxBlock + 16 * w + lane, &both, sizeof both);
-      }
-    }
-  }
+  detail::for_random_words(PhiloxKeys(seed), first, count, [&](int64_t b, int lane, int w, U even, U odd) {
+    const U both = (even & 0xffffffff) | (odd << 32);
+    std::memcpy(words + b * kPhiloxBlock + 16 * w + lane, &both, sizeof both);
+  });
+}
+
+// Whether the words of the same blocks are at least `threshold`: bit i of bits[b] for word i of block first + b.
+inline void random_bits(const PhiloxKeys& keys, uint64_t first, int64_t count, uint32_t threshold, uint64_t* bits) {
+  using U = Vec<uint64_t>;
+  for (int64_t b = 0; b < count; ++b) bits[b] = 0;
+  detail::for_random_words(keys, first, count, [&](int64_t b, int lane, int w, U even, U odd) {
+#if defined(__AVX512F__)
+    const __m512i both = _mm512_mask_shuffle_epi32((__m512i)even, 0xAAAA, (__m512i)odd, _MM_PERM_ENUM(0xA0));
+    const uint64_t kept = _mm512_cmpge_epu32_mask(both, _mm512_set1_epi32(int(threshold)));
+#else
+    const auto at_least = (Vec<uint32_t>)((even & 0xffffffff) | (odd << 32)) >= Vec<uint32_t>{} + threshold;
+#if defined(__AVX2__)
+    const uint64_t kept = uint64_t(_mm256_movemask_ps((__m256)at_least));
+#elif defined(__SSE2__)
+    const uint64_t kept = uint64_t(_mm_movemask_ps((__m128)at_least));
+#else
+    uint64_t kept = 0;
+    for (int i = 0; i < kLanes<uint32_t>; ++i) kept |= uint64_t(at_least[i] & 1) << i;
+#endif
+#endif
+    bits[b] |= kept << (16 * w + lane);
+  });
+}
+
+// The lanes of x whose bit is set, 0 in the others: lane i goes with bit i.
+template <class F>
+inline Vec<F> where_set(uint64_t bits, Vec<F> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 4) return (Vec<F>)_mm512_maskz_mov_ps(__mmask16(bits), (__m512)x);
+  if constexpr (sizeof(F) == 8) return (Vec<F>)_mm512_maskz_mov_pd(__mmask8(bits), (__m512d)x);
+#else
+  using I = Vec<IntOf<F> >;
+  I bit;
+  for (int i = 0; i < kLanes<F>; ++i) bit[i] = IntOf<F>(1) << i;
+  return ((I{} + IntOf<F>(bits & 0xffff)) & bit) != 0 ? x : Vec<F>{};
+#endif
 }
 
 }  // namespace iumad::IUMAD_ISA

@@ -61,18 +61,19 @@ inline void load_rows(T* dst, int64_t ld, int64_t padded_rows, int64_t padded_co
   });
 }
 
-// target[i][j] = factor * src[i][j].
-template <class F>
-inline void store_rows(const F* src, int64_t ld, const Rows& target, F factor) {
+// target[i][j] = factor(i) * src[i][j].
+template <class F, class Factor>
+inline void store_rows(const F* src, int64_t ld, const Rows& target, Factor&& factor) {
   visit<F>(target.dtype, target.data, [&](auto* p) {
     using T = std::remove_pointer_t<decltype(p)>;
     for (int64_t i = 0; i < target.rows; ++i) {
       const F* from = src + i * ld;
+      const F scale = factor(i);
       T* to = p + i * target.row_stride;
       int64_t j = 0;
       if (target.column_stride == 1)
-        for (; j + kLanes<F> <= target.columns; j += kLanes<F>) store_lanes(to + j, load(from + j) * broadcast(factor));
-      for (; j < target.columns; ++j) to[j * target.column_stride] = from_compute<T>(factor * from[j]);
+        for (; j + kLanes<F> <= target.columns; j += kLanes<F>) store_lanes(to + j, load(from + j) * broadcast(scale));
+      for (; j < target.columns; ++j) to[j * target.column_stride] = from_compute<T>(scale * from[j]);
     }
   });
 }
@@ -91,44 +92,46 @@ inline void transpose_rows(F* dst, int64_t ld_dst, const F* src, int64_t ld_src,
   }
 }
 
-// Brings rows near before they are needed: those that the next task will load and those that this one will store, a few at each
-// of `steps` steps of the computation. A head's rows lie far apart in memory; without this every one would be waited for.
+// Brings rows near before they are needed: those that the next task will load and those that this one will store, one now and
+// then over `steps` steps of the computation. A head's rows lie far apart in memory; without this every one would be waited for.
 class Prefetcher {
  public:
-  void start(int64_t steps) { count_ = 0, step_ = 0, steps_ = steps > 0 ? steps : 1; }
+  void clear() { count_ = 0, item_at_ = 0, row_at_ = 0, total_ = 0, due_ = 0, rate_ = 0; }
   void add(const Rows& rows, bool to_store = false) {
-    if (rows.column_stride == 1 && rows.rows * rows.columns * size_of(rows.dtype) <= kMostBytes)
-      item_[count_++] = {rows, (rows.rows << kFraction) / steps_, 0, to_store};
+    if (rows.column_stride != 1 || rows.rows * rows.columns * size_of(rows.dtype) > kMostBytes || rows.rows == 0) return;
+    item_[count_++] = {rows, to_store};
+    total_ += rows.rows;
   }
+  void spread(int64_t steps) { rate_ = (total_ << kFraction) / (steps > 0 ? steps : 1) + 1; }
   void step() {
-    ++step_;
-    for (int i = 0; i < count_; ++i) {
-      Item& item = item_[i];
-      const int64_t end = step_ == steps_ ? item.rows.rows : (step_ * item.rate) >> kFraction;
-      const int64_t stride = item.rows.row_stride * size_of(item.rows.dtype),
-                    bytes = item.rows.columns * size_of(item.rows.dtype);
-      for (; item.next < end; ++item.next) {
-        const char* p = static_cast<const char*>(item.rows.data) + item.next * stride;
-        if (item.to_store) {
-          for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(p + k, 1, 2);
-        } else {
-          for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(p + k, 0, 2);
-        }
-      }
-    }
+    due_ += rate_;
+    for (; due_ >= int64_t(1) << kFraction; due_ -= int64_t(1) << kFraction) fetch_row();
   }
 
  private:
-  static constexpr int64_t kMostBytes = 128 * 1024;
+  void fetch_row() {
+    if (item_at_ == count_) return;
+    const Item& item = item_[item_at_];
+    const int64_t bytes = item.rows.columns * size_of(item.rows.dtype);
+    const char* p = static_cast<const char*>(item.rows.data) + row_at_ * item.rows.row_stride * size_of(item.rows.dtype);
+    if (item.to_store) {
+      for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(p + k, 1, 2);
+    } else {
+      for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(p + k, 0, 2);
+    }
+    if (++row_at_ == item.rows.rows) ++item_at_, row_at_ = 0;
+  }
+
+  static constexpr int64_t kMostBytes = 256 * 1024;
   static constexpr int kFraction = 16;
   struct Item {
     Rows rows;
-    int64_t rate, next;  // rows per step, in units of 2^-kFraction
     bool to_store;
   };
   Item item_[8];
-  int count_ = 0;
-  int64_t steps_ = 1, step_ = 0;
+  int count_ = 0, item_at_ = 0;  // the next row to fetch
+  int64_t row_at_ = 0, total_ = 0;
+  int64_t due_ = 0, rate_ = 0;  // rows, in units of 2^-kFraction
 };
 
 }  // namespace iumad::IUMAD_ISA

@@ -173,13 +173,11 @@ inline float largest_square(const T* block, int64_t ld, int64_t rows, int64_t co
   Vec<F> largest{};
   for (int64_t i = 0; i < rows; i += n) {
     Vec<F> square[n];
-    for (int r = 0; r < n; ++r) {
+    IUMAD_UNROLL for (int r = 0; r < n; ++r) {
       const T* row = block + (i + r < rows ? i + r : i) * ld;
-      square[r] = Vec<F>{};
-      for (int64_t j = 0; j < columns; j += n) {
-        const Vec<F> x = load_lanes(row + j);
-        square[r] = fma(x, x, square[r]);
-      }
+      Vec<F> sum{};
+      for (int64_t j = 0; j < columns; j += n) sum = fma(load_lanes(row + j), load_lanes(row + j), sum);
+      square[r] = sum;
     }
     const Vec<F> sum = sum_rows<F>(square);
     largest = sum > largest ? sum : largest;

@@ -68,12 +68,16 @@ inline Vec<float> load_lanes(const Float16* p) {
 inline void store_lanes(float* p, Vec<float> v) { store(p, v); }
 inline void store_lanes(double* p, Vec<double> v) { store(p, v); }
 inline void store_lanes(BFloat16* p, Vec<float> v) {
+#if defined(__AVX512BF16__)  // the same but for results under the smallest normal number, which become 0
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
   using U = Vec<uint32_t>;
   const U bits = (U)v;
   const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const U nan = (bits >> 16) | 0x40;
   const detail::HalfWords h = __builtin_convertvector(v != v ? nan : rounded, detail::HalfWords);
   std::memcpy(p, &h, sizeof h);
+#endif
 }
 inline void store_lanes(Float16* p, Vec<float> v) {
 #if defined(__AVX512F__)

@@ -33,7 +33,6 @@ struct Exponentials {
   F* sum;                // a vector for every row
   const uint64_t* kept;  // null: none is dropped
   int64_t words;         // of a row of `kept`
-  Prefetcher* prefetcher;
 
   template <int n>
   void operator()(int64_t i, int64_t j, Vec<F> (&x)[n]) const {
@@ -46,7 +45,6 @@ struct Exponentials {
     store<F>(sum + i * kLanes<F>, total);
     if (kept)
       for (int v = 0; v < n; ++v) x[v] = without_dropped<F>(kept + i * words, j + v * kLanes<F>, x[v]);
-    prefetcher->step();
   }
 };
 
@@ -73,8 +71,9 @@ class Forward {
                  Scratch::bytes<T>(keys_ * ld_value_) + Scratch::bytes<T>(P::transposed_size(dim_, keys_)) +
                  Scratch::bytes<T>(P::buffer_size(keys_, value_dim_)) +
                  Scratch::bytes<T>(P::buffer_size(plan_.row_block, keys_)) + Scratch::bytes<F>(plan_.row_block * ld_score_) +
-                 Scratch::bytes<F>(rows_ * ld_out_) + 2 * Scratch::bytes<F>(rows_) + Scratch::bytes<F>(rows_ * kLanes<F>) +
-                 Scratch::bytes<F>(keys_) + Scratch::bytes<uint64_t>(plan_.row_block * words_)),
+                 Scratch::bytes<F>(rows_ * ld_out_) + 2 * Scratch::bytes<F>(round_up(rows_, kLanes<F>)) +
+                 Scratch::bytes<F>(round_up(rows_, kLanes<F>) * kLanes<F>) + Scratch::bytes<F>(keys_) +
+                 Scratch::bytes<uint64_t>(plan_.row_block * words_)),
         query_(scratch_.take<T>(rows_ * ld_query_)),
         key_(scratch_.take<T>(keys_ * ld_query_)),
         value_(scratch_.take<T>(keys_ * ld_value_)),
@@ -83,9 +82,9 @@ class Forward {
         score_form_(scratch_.take<T>(P::buffer_size(plan_.row_block, keys_))),
         score_(scratch_.take<F>(plan_.row_block * ld_score_)),
         out_(scratch_.take<F>(rows_ * ld_out_)),
-        max_(scratch_.take<F>(rows_)),
-        sum_(scratch_.take<F>(rows_)),
-        sums_(scratch_.take<F>(rows_ * kLanes<F>)),
+        max_(scratch_.take<F>(round_up(rows_, kLanes<F>))),
+        sum_(scratch_.take<F>(round_up(rows_, kLanes<F>))),
+        sums_(scratch_.take<F>(round_up(rows_, kLanes<F>) * kLanes<F>)),
         bias_(scratch_.take<F>(keys_)),
         kept_(scratch_.take<uint64_t>(plan_.row_block * words_)),
         dropout_(s) {}
@@ -123,6 +122,7 @@ class Forward {
     std::memset(sums_, 0, size_t(rows_ * kLanes<F>) * sizeof(F));
     if (s_.keys == 0) std::memset(out_, 0, size_t(rows_ * ld_out_) * sizeof(F));
 
+    prefetcher_.spread(s_.group() * count_ * s_.keys * (s_.dim + s_.value_dim));
     for (int64_t k = 0; k < s_.keys; k += plan_.key_block) {
       const int64_t count = s_.keys - k < plan_.key_block ? s_.keys - k : plan_.key_block;
       const KeyBlock block = {k, count, round_up(count, P::kStep)};
@@ -131,7 +131,6 @@ class Forward {
       const auto key = P::right_from_columns(key_, ld_query_, block.padded, dim_, key_form_);
       const auto value = P::right_from_rows(value_, ld_value_, block.padded, value_dim_, value_form_);
       const bool small = scores_are_small(block);
-      prefetcher_.spread(s_.group() * count_ * (small ? P::calls_per_row(block.padded) : 1));
       for (int64_t g = 0; g < s_.group(); ++g)
         for (int64_t i = 0; i < count_; i += plan_.row_block) {
           if (small) {
@@ -162,17 +161,24 @@ class Forward {
     if (drops)
       for (int64_t r = 0; r < count; ++r)
         dropout_.draw(kept_ + r * words_, block, (b * s_.heads + head) * s_.queries + first_ + i + r);
-    const Exponentials<F> exponentials = {
-        broadcast(F(s_.scale) * kLog2E<F>), block.count, sums_ + row * kLanes<F>, drops ? kept_ : nullptr, words_, &prefetcher_};
+    const Exponentials<F> exponentials = {broadcast(F(s_.scale) * kLog2E<F>), block.count, sums_ + row * kLanes<F>,
+                                          drops ? kept_ : nullptr, words_};
     T* weights = P::rows_of_left(score_, score_form_);
     const int64_t ld = P::row_length_of_left(keys_);
     P::multiply(count, block.padded, s_.dim, P::left_from_rows(query_ + row * ld_query_, ld_query_), key, weights, ld, false,
-                exponentials);
-    P::multiply(count, value_dim_, block.count, P::left_from_rows(weights, ld), value, out_ + row * ld_out_, ld_out_, false);
+                prefetcher_, exponentials);
+    P::multiply(count, value_dim_, block.count, P::left_from_rows(weights, ld), value, out_ + row * ld_out_, ld_out_, false,
+                prefetcher_);
   }
 
   void take_sums() {
-    for (int64_t i = 0; i < rows_; ++i) max_[i] = F(0), sum_[i] = sum_lanes<F>(load(sums_ + i * kLanes<F>));
+    constexpr int n = kLanes<F>;
+    for (int64_t i = 0; i < rows_; i += n) {  // up to n - 1 rows more than there are: scratch has room
+      Vec<F> row[n];
+      IUMAD_UNROLL for (int r = 0; r < n; ++r) row[r] = load(sums_ + (i + r) * n);
+      store<F>(sum_ + i, sum_rows<F>(row));
+      store<F>(max_ + i, Vec<F>{});
+    }
   }
 
   // Queries i.. of the chunk, whose scratch rows start at `row`, over one block of keys.
@@ -183,13 +189,10 @@ class Forward {
       block.padded = round_up(visible, P::kStep);
     }
     P::multiply(count, block.padded, s_.dim, P::left_from_rows(query_ + row * ld_query_, ld_query_), key, score_, ld_score_,
-                false);
-    for (int64_t r = 0; r < count; ++r) {
-      softmax_row(b, head, i + r, row + r, block, score_ + r * ld_score_);
-      prefetcher_.step();
-    }
+                false, prefetcher_);
+    for (int64_t r = 0; r < count; ++r) softmax_row(b, head, i + r, row + r, block, score_ + r * ld_score_);
     const auto left = P::left_from_scores(score_, ld_score_, count, block.padded, score_form_);
-    P::multiply(count, value_dim_, block.count, left, value, out_ + row * ld_out_, ld_out_, block.first > 0);
+    P::multiply(count, value_dim_, block.count, left, value, out_ + row * ld_out_, ld_out_, block.first > 0, prefetcher_);
   }
 
   void softmax_row(int64_t b, int64_t head, int64_t i, int64_t row, const KeyBlock& block, F* score) {

@@ -43,7 +43,6 @@ struct ScoreGradients {
   const uint64_t* kept;  // null: none is dropped
   int64_t words;         // of a row of `kept`
   Vec<F> keep_scale;
-  Prefetcher* prefetcher;
 
   template <int n>
   void operator()(int64_t i, int64_t j, Vec<F> (&x)[n]) const {
@@ -59,7 +58,6 @@ struct ScoreGradients {
       }
       x[v] = weight * (x[v] - mean);
     }
-    prefetcher->step();
   }
 };
 
@@ -155,10 +153,11 @@ class Backward {
 
   void run_head(int64_t b, int64_t key_head) {
     for (int64_t g = 0; g < s_.group(); ++g) load_queries(b, key_head * s_.group() + g, g * plan_.chunk);
-    std::memset(query_grad_, 0, size_t(rows_ * ld_query_grad_) * sizeof(F));
+    if (s_.keys == 0) std::memset(query_grad_, 0, size_t(rows_ * ld_query_grad_) * sizeof(F));
     const auto query_columns = P::left_from_columns(query_, ld_query_, rows_, dim_, query_columns_);
     const auto out_grad_columns = P::left_from_columns(out_grad_, ld_value_, rows_, value_dim_, out_grad_columns_);
 
+    prefetcher_.spread(s_.group() * count_ * s_.keys * (3 * s_.dim + 2 * s_.value_dim));
     for (int64_t k = 0; k < s_.keys; k += plan_.key_block) {
       const int64_t count = s_.keys - k < plan_.key_block ? s_.keys - k : plan_.key_block;
       const KeyBlock block = {k, count, round_up(count, P::kStep)};
@@ -167,11 +166,10 @@ class Backward {
       key_rows_ = P::right_from_rows(key_, ld_query_, block.padded, dim_, key_form_);
       keys_by_dim_ = P::right_from_columns(key_, ld_query_, block.padded, dim_, key_columns_);
       values_by_dim_ = P::right_from_columns(value_, ld_value_, block.padded, value_dim_, value_columns_);
-      if (k == 0)
-        prefetcher_.spread((s_.keys + plan_.key_block - 1) / plan_.key_block * s_.group() * count_ *
-                           P::calls_per_row(block.padded));
-      std::memset(key_grad_, 0, size_t(dim_ * ld_score_) * sizeof(F));
-      std::memset(value_grad_, 0, size_t(value_dim_ * ld_score_) * sizeof(F));
+      if (s_.causal) {  // the first queries do not see all keys, so the sums do not begin with theirs
+        std::memset(key_grad_, 0, size_t(dim_ * ld_score_) * sizeof(F));
+        std::memset(value_grad_, 0, size_t(value_dim_ * ld_score_) * sizeof(F));
+      }
       for (int64_t g = 0; g < s_.group(); ++g)
         for (int64_t i = 0; i < count_; i += plan_.row_block)
           attend(b, key_head * s_.group() + g, i, g * plan_.chunk + i, block, query_columns, out_grad_columns);
@@ -216,29 +214,30 @@ class Backward {
     const auto query = P::left_from_rows(query_ + row * ld_query_, ld_query_);
     const auto out_grad = P::left_from_rows(out_grad_ + row * ld_value_, ld_value_);
     if (s_.mask.data || s_.causal || d_.weights) {
-      P::multiply(count, block.padded, s_.dim, query, keys_by_dim_, score_, ld_score_, false);
-      P::multiply(count, block.padded, s_.value_dim, out_grad, values_by_dim_, score_grad_, ld_score_, false);
-      for (int64_t r = 0; r < count; ++r) {
+      P::multiply(count, block.padded, s_.dim, query, keys_by_dim_, score_, ld_score_, false, prefetcher_);
+      P::multiply(count, block.padded, s_.value_dim, out_grad, values_by_dim_, score_grad_, ld_score_, false, prefetcher_);
+      for (int64_t r = 0; r < count; ++r)
         differentiate_row(b, head, i + r, row + r, block, score_ + r * ld_score_, score_grad_ + r * ld_score_);
-        prefetcher_.step();
-      }
     } else {
       const bool drops = s_.dropout_p > 0;
       if (drops)
         for (int64_t r = 0; r < count; ++r) dropout_.draw(kept_ + r * words_, block, position(b, head, i + r));
-      P::multiply(count, block.padded, s_.dim, query, keys_by_dim_, score_, ld_score_, false,
+      P::multiply(count, block.padded, s_.dim, query, keys_by_dim_, score_, ld_score_, false, prefetcher_,
                   Weights<F>{broadcast(F(s_.scale) * kLog2E<F>), shift_ + row, block.count});
-      P::multiply(count, block.padded, s_.value_dim, out_grad, values_by_dim_, score_grad_, ld_score_, false,
-                  ScoreGradients<F>{score_, ld_score_, delta_ + row, drops ? kept_ : nullptr, words_, broadcast(keep_scale_),
-                                    &prefetcher_});
+      P::multiply(count, block.padded, s_.value_dim, out_grad, values_by_dim_, score_grad_, ld_score_, false, prefetcher_,
+                  ScoreGradients<F>{score_, ld_score_, delta_ + row, drops ? kept_ : nullptr, words_, broadcast(keep_scale_)});
     }
 
+    const bool accumulate = s_.causal || row > 0;
     const auto weights = P::right_from_scores(score_, ld_score_, count, block.padded, score_form_);
-    P::multiply(s_.value_dim, block.padded, count, out_grad_columns.from_depth(row), weights, value_grad_, ld_score_, true);
+    P::multiply(s_.value_dim, block.padded, count, out_grad_columns.from_depth(row), weights, value_grad_, ld_score_, accumulate,
+                prefetcher_);
     const auto columns = P::right_from_scores(score_grad_, ld_score_, count, block.padded, score_form_);
-    P::multiply(s_.dim, block.padded, count, query_columns.from_depth(row), columns, key_grad_, ld_score_, true);
+    P::multiply(s_.dim, block.padded, count, query_columns.from_depth(row), columns, key_grad_, ld_score_, accumulate,
+                prefetcher_);
     const auto rows = P::left_from_scores(score_grad_, ld_score_, count, block.padded, score_form_);
-    P::multiply(count, dim_, block.count, rows, key_rows_, query_grad_ + row * ld_query_grad_, ld_query_grad_, true);
+    P::multiply(count, dim_, block.count, rows, key_rows_, query_grad_ + row * ld_query_grad_, ld_query_grad_, block.first > 0,
+                prefetcher_);
   }
 
   int64_t position(int64_t b, int64_t head, int64_t i) const { return (b * s_.heads + head) * s_.queries + first_ + i; }

@@ -7,6 +7,7 @@
 //   kStep         columns of every block are allocated and zero-filled up to a multiple of this, rows up to one of kRowStep
 //   Left, Right   an operand in the form in which `multiply` reads it; *_from_* make one out of a block, into a buffer of `size`
 //                 elements where the form differs (Dense reads the block itself and leaves the buffer alone)
+//   prefetcher    is told of the work done, in multiplications, tile by tile
 //   finish        what `multiply` does to the sums before it stores them: finish(i, j, x) has the vectors x[0], x[1], ... of
 //                 row i from column j on, in registers, and changes them in place
 #pragma once
@@ -47,6 +48,7 @@ template <bool kAccumulate, class F, int kRows, int kVectors, class Finish>
   const char* left[kPointers];
   const int64_t row_bytes = a_row * int64_t(sizeof(F)), depth_bytes = a_depth * int64_t(sizeof(F));
   for (int p = 0; p < kPointers; ++p) left[p] = reinterpret_cast<const char*>(a) + 3 * p * row_bytes;
+#pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k) {
     V right[kVectors];
 #pragma GCC unroll 4
@@ -113,18 +115,15 @@ struct Dense {
     return {buffer, ldb};
   }
 
-  // How often `multiply` calls `finish` for every row of n columns.
-  static int64_t calls_per_row(int64_t n) { return (n + kMaxVectors * kStep - 1) / (kMaxVectors * kStep); }
-
   // n is rounded up to whole vectors.
   template <class Finish = AsIs>
   static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, F* c, int64_t ldc, bool accumulate,
-                       const Finish& finish = {}) {
+                       Prefetcher& prefetcher, const Finish& finish = {}) {
     const int64_t depth_block = n <= 2 * kStep ? 256 : 128;  // keeps the panel of B that a column of tiles shares near
     int64_t k = 0;
     for (; k + depth_block < depth; k += depth_block)
-      multiply_part(m, n, depth_block, a.from_depth(k), b.from_depth(k), c, ldc, accumulate || k > 0, AsIs{});
-    multiply_part(m, n, depth - k, a.from_depth(k), b.from_depth(k), c, ldc, accumulate || k > 0, finish);
+      multiply_part(m, n, depth_block, a.from_depth(k), b.from_depth(k), c, ldc, accumulate || k > 0, prefetcher, AsIs{});
+    multiply_part(m, n, depth - k, a.from_depth(k), b.from_depth(k), c, ldc, accumulate || k > 0, prefetcher, finish);
   }
 
  private:
@@ -132,16 +131,17 @@ struct Dense {
 
   template <class Finish>
   static void multiply_part(int64_t m, int64_t n, int64_t depth, Left a, Right b, F* c, int64_t ldc, bool accumulate,
-                            const Finish& finish) {
+                            Prefetcher& prefetcher, const Finish& finish) {
     const int64_t vectors = (n + kStep - 1) / kStep, panels = (vectors + kMaxVectors - 1) / kMaxVectors;
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t first = vectors * panel / panels, count = vectors * (panel + 1) / panels - first;
       const auto run = [&](auto width) {
         constexpr int kVectors = decltype(width)::value;
         if (accumulate) {
-          multiply_panel<kVectors, true>(m, depth, a, b.data + first * kStep, b.depth, c, ldc, first * kStep, finish);
+          multiply_panel<kVectors, true>(m, depth, a, b.data + first * kStep, b.depth, c, ldc, first * kStep, prefetcher, finish);
         } else {
-          multiply_panel<kVectors, false>(m, depth, a, b.data + first * kStep, b.depth, c, ldc, first * kStep, finish);
+          multiply_panel<kVectors, false>(m, depth, a, b.data + first * kStep, b.depth, c, ldc, first * kStep, prefetcher,
+                                          finish);
         }
       };
       if (count == 1) run(std::integral_constant<int, 1>{});
@@ -155,14 +155,16 @@ struct Dense {
 
   template <int kVectors, bool kAccumulate, class Finish>
   static void multiply_panel(int64_t m, int64_t depth, Left a, const F* b, int64_t ldb, F* c, int64_t ldc, int64_t j,
-                             const Finish& finish) {
+                             Prefetcher& prefetcher, const Finish& finish) {
     constexpr int kRows = (kVectorBytes == 64 ? 24 : 12) / (kVectors == 1 ? 2 : kVectors);
     int64_t i = 0;
     const auto run = [&](auto rows) {
       constexpr int kTile = decltype(rows)::value;
-      for (; i + kTile <= m; i += kTile)
+      for (; i + kTile <= m; i += kTile) {
         detail::multiply_tile<kAccumulate, F, kTile, kVectors>(depth, a.data + i * a.row, a.row, a.depth, b, ldb, c + i * ldc + j,
                                                                ldc, i, j, finish);
+        prefetcher.step(kTile * kVectors * kStep * depth);
+      }
     };
     run(std::integral_constant<int, kRows>{});
     run(std::integral_constant<int, 4>{});

@@ -112,37 +112,40 @@ struct Bf16Pairs {
     return {reinterpret_cast<const uint32_t*>(buffer), ldb};
   }
 
-  // How often `multiply` calls `finish` for every row of n columns.
-  static int64_t calls_per_row(int64_t n) { return (n + kStep - 1) / kStep; }
-
   // m, n and depth are rounded up to kStep: the operands are zero there.
-  static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, float* c, int64_t ldc, bool accumulate) {
-    for (int64_t j = 0; j < n; j += kStep)
-      for (int64_t i = 0; i < m; i += kStep)
-        multiply_block(round_up(depth, kStep), a.data + i * a.row, a.row, b.data + j, b.depth, c + i * ldc + j, ldc, accumulate);
-  }
-  // The same for a C of float or BFloat16, by way of `finish`; not in place.
-  template <class C, class Finish>
-  static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, C* c, int64_t ldc, bool, const Finish& finish) {
-    alignas(64) float sum[kStep * kStep];
+  static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, float* c, int64_t ldc, bool accumulate,
+                       Prefetcher& prefetcher) {
+    depth = round_up(depth, kStep);
     for (int64_t j = 0; j < n; j += kStep)
       for (int64_t i = 0; i < m; i += kStep) {
-        multiply_block(round_up(depth, kStep), a.data + i * a.row, a.row, b.data + j, b.depth, sum, kStep, false);
-        for (int64_t r = 0; r < kStep; ++r) {
+        multiply_block(depth, a.data + i * a.row, a.row, b.data + j, b.depth, c + i * ldc + j, ldc, accumulate);
+        prefetcher.step(kStep * kStep * depth);
+      }
+  }
+  // The same for a C of float or BFloat16, by way of `finish`, and of m rows; C must not be accumulated.
+  template <class C, class Finish>
+  static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, C* c, int64_t ldc, bool, Prefetcher& prefetcher,
+                       const Finish& finish) {
+    alignas(64) float sum[kStep * kStep];
+    depth = round_up(depth, kStep);
+    for (int64_t j = 0; j < n; j += kStep)
+      for (int64_t i = 0; i < m; i += kStep) {
+        multiply_block(depth, a.data + i * a.row, a.row, b.data + j, b.depth, sum, kStep, false);
+        const int64_t rows = m - i < kStep ? m - i : kStep;
+        for (int64_t r = 0; r < rows; ++r) {
           Vec<float> x[2] = {load(sum + r * kStep), load(sum + r * kStep + 16)};
           finish(i + r, j, x);
           C* to = c + (i + r) * ldc + j;
-          store_sums(to, x[0]);
-          store_sums(to + 16, x[1]);
+          store_lanes(to, x[0]);
+          store_lanes(to + 16, x[1]);
         }
+        prefetcher.step(kStep * kStep * depth);
       }
   }
 
  private:
   static __m256i load_half(const BFloat16* p) { return _mm256_loadu_si256((const __m256i*)p); }
   static __m256i rounded(const float* p) { return (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(p)); }
-  static void store_sums(float* p, Vec<float> x) { store<float>(p, x); }
-  static void store_sums(BFloat16* p, Vec<float> x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
   static __m512i interleave(__m256i even, __m256i odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
   }

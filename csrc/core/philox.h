@@ -68,20 +68,26 @@ inline Vec<uint64_t> exclusive_or(Vec<uint64_t> a, Vec<uint64_t> b, Vec<uint64_t
 }
 
 // Ten rounds on one counter per 64-bit lane; each of the four words occupies the low half of its lane (the high half is noise).
-inline void philox(const PhiloxKeys& keys, Vec<uint64_t> counter, Vec<uint64_t> (&word)[4]) {
+// n vectors of counters step by step together, for a round waits for the one before it.
+template <int n>
+inline void philox(const PhiloxKeys& keys, const Vec<uint64_t> (&counter)[n], Vec<uint64_t> (&word)[n][4]) {
   using U = Vec<uint64_t>;
   const U multiplier0 = U{} + 0xD2511F53u, multiplier1 = U{} + 0xCD9E8D57u;
-  // Round 1, where the last two counter words are 0.
-  U product0 = multiply_low_halves(counter, multiplier0), product1;
-  U c0 = (counter >> 32) ^ keys.first[0], c1{}, c2 = (product0 >> 32) ^ keys.second[0], c3 = product0;
-  IUMAD_UNROLL for (int round = 1; round < 10; ++round) {
-    product0 = multiply_low_halves(c0, multiplier0), product1 = multiply_low_halves(c2, multiplier1);
-    c0 = exclusive_or(product1 >> 32, c1, keys.first[round]);
-    c2 = exclusive_or(shuffle_high_halves(product0), c3, keys.second[round]);
-    c1 = product1;
-    c3 = product0;
+  IUMAD_UNROLL for (int i = 0; i < n; ++i) {  // round 1, where the last two counter words are 0
+    const U product = multiply_low_halves(counter[i], multiplier0);
+    word[i][0] = (counter[i] >> 32) ^ keys.first[0], word[i][1] = U{};
+    word[i][2] = (product >> 32) ^ keys.second[0], word[i][3] = product;
   }
-  word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
+  IUMAD_UNROLL for (int round = 1; round < 10; ++round) {
+    IUMAD_UNROLL for (int i = 0; i < n; ++i) {
+      U(&c)[4] = word[i];
+      const U product0 = multiply_low_halves(c[0], multiplier0), product1 = multiply_low_halves(c[2], multiplier1);
+      c[0] = exclusive_or(product1 >> 32, c[1], keys.first[round]);
+      c[2] = exclusive_or(shuffle_high_halves(product0), c[3], keys.second[round]);
+      c[1] = product1;
+      c[3] = product0;
+    }
+  }
 }
 
 }  // namespace detail
@@ -96,15 +102,21 @@ inline void for_random_words(const PhiloxKeys& keys, uint64_t first, int64_t cou
   constexpr int n = kLanes<uint64_t>;
   U even;  // counters 0, 2, 4, ...
   for (int lane = 0; lane < n; ++lane) even[lane] = uint64_t(2 * lane);
-  for (int64_t b = 0; b < count; ++b) {
-    for (int lane = 0; lane < 16; lane += 2 * n) {
-      const U counter = even + (16 * (first + uint64_t(b)) + uint64_t(lane));
-      U low[4], high[4];
-      philox(keys, counter, low);
-      philox(keys, counter + 1, high);
-      for (int w = 0; w < 4; ++w) f(b, lane, w, low[w], high[w]);
-    }
-  }
+  int64_t b = 0;
+  const auto run = [&](auto blocks) {
+    constexpr int kBlocks = decltype(blocks)::value;
+    for (; b + kBlocks <= count; b += kBlocks)
+      for (int lane = 0; lane < 16; lane += 2 * n) {
+        U counter[2 * kBlocks], word[2 * kBlocks][4];
+        IUMAD_UNROLL for (int i = 0; i < 2 * kBlocks; ++i) counter[i] =
+            even + (16 * (first + uint64_t(b + i / 2)) + uint64_t(lane + i % 2));
+        philox(keys, counter, word);
+        IUMAD_UNROLL for (int i = 0; i < kBlocks; ++i) for (int w = 0; w < 4; ++w)
+            f(b + i, lane, w, word[2 * i][w], word[2 * i + 1][w]);
+      }
+  };
+  run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 1>{});
 }
 
 }  // namespace detail

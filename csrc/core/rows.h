@@ -92,8 +92,9 @@ inline void transpose_rows(F* dst, int64_t ld_dst, const F* src, int64_t ld_src,
   }
 }
 
-// Brings rows near before they are needed: those that the next task will load and those that this one will store, one now and
-// then over `steps` steps of the computation. A head's rows lie far apart in memory; without this every one would be waited for.
+// Brings rows near before they are needed: those that the next task will load and those that this one will store, a few after
+// every tile of a product, in proportion to its work. A head's rows lie far apart in memory; without this every one would be
+// waited for, and many at a time would wait for each other.
 class Prefetcher {
  public:
   void clear() { count_ = 0, item_at_ = 0, row_at_ = 0, total_ = 0, due_ = 0, rate_ = 0; }
@@ -102,10 +103,10 @@ class Prefetcher {
     item_[count_++] = {rows, to_store};
     total_ += rows.rows;
   }
-  void spread(int64_t steps) { rate_ = (total_ << kFraction) / (steps > 0 ? steps : 1) + 1; }
-  void step() {
-    due_ += rate_;
-    for (; due_ >= int64_t(1) << kFraction; due_ -= int64_t(1) << kFraction) fetch_row();
+  void spread(int64_t work) { rate_ = (total_ << kFraction) / (work > 0 ? work : 1); }
+  void step(int64_t work) {
+    due_ += work * rate_;
+    for (int rows = 0; rows < kMostRows && due_ >> kFraction > 0; ++rows, due_ -= int64_t(1) << kFraction) fetch_row();
   }
 
  private:
@@ -123,7 +124,7 @@ class Prefetcher {
   }
 
   static constexpr int64_t kMostBytes = 256 * 1024;
-  static constexpr int kFraction = 16;
+  static constexpr int kFraction = 32, kMostRows = 6;
   struct Item {
     Rows rows;
     bool to_store;
@@ -131,7 +132,7 @@ class Prefetcher {
   Item item_[8];
   int count_ = 0, item_at_ = 0;  // the next row to fetch
   int64_t row_at_ = 0, total_ = 0;
-  int64_t due_ = 0, rate_ = 0;  // rows, in units of 2^-kFraction
+  int64_t due_ = 0, rate_ = 0;  // rows, and rows per unit of work, in units of 2^-kFraction
 };
 
 }  // namespace iumad::IUMAD_ISA

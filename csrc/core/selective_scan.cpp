@@ -15,8 +15,9 @@ namespace {
 constexpr int kRun = kVectorBytes == 64 ? 16 : 4;
 
 // Channel blocks that walk the tiles together: their rows lie next to each other in channels-last memory.
-constexpr int64_t kMostBlocks = 4;
-constexpr int64_t kTasksWanted = 32;
+constexpr int64_t kMostBlocks = 16;
+constexpr int64_t kTasksWanted = 16;
+constexpr int64_t kAhead = 2;  // how many blocks before its turn a block's memory is asked for
 
 template <class F>
 int64_t blocks_per_task(const SelectiveScan& s) {
@@ -24,38 +25,56 @@ int64_t blocks_per_task(const SelectiveScan& s) {
   return blocks < 1 ? 1 : blocks > kMostBlocks ? kMostBlocks : blocks;
 }
 
+// What the recurrence of a tile of one channel block reads, [token][lane]; y holds D u and becomes the output.
+template <class F>
+struct Prepared {
+  F *dt, *dtu, *y;
+};
+
 template <class F>
 struct ForwardScratch {
   static constexpr int V = kLanes<F>;
   Scratch memory;
-  F *u, *dt, *dtu, *y;    // [token][lane]
+  F *u, *delta;           // [token][lane], where a tile is not read in place
+  Prepared<F> now, next;  // the block being scanned, and the one after it
   F *A, *B, *C, *h;       // [block][state][lane]; A times log2(e)
   int64_t* state_offset;  // 0, 1, 2, ...
+  int64_t dense[kTile];   // offsets of the tokens in such a buffer
+  ChannelBlock* block;
 
   ForwardScratch(int64_t states, int64_t blocks)
-      : memory(4 * Scratch::bytes<F>(kTile * V) + 4 * Scratch::bytes<F>(blocks * states * V) + Scratch::bytes<int64_t>(states)) {
-    for (F** p : {&u, &dt, &dtu, &y}) *p = memory.take<F>(kTile * V);
+      : memory(8 * Scratch::bytes<F>(kTile * V) + 4 * Scratch::bytes<F>(blocks * states * V) + Scratch::bytes<int64_t>(states) +
+               Scratch::bytes<ChannelBlock>(blocks)) {
+    for (F** p : {&u, &delta, &now.dt, &now.dtu, &now.y, &next.dt, &next.dtu, &next.y}) *p = memory.take<F>(kTile * V);
     for (F** p : {&A, &B, &C, &h}) *p = memory.take<F>(blocks * states * V);
     state_offset = memory.take<int64_t>(states);
     for (int64_t n = 0; n < states; ++n) state_offset[n] = n;
+    for (int t = 0; t < kTile; ++t) dense[t] = t * V;
+    block = memory.take<ChannelBlock>(blocks);
   }
 };
 
-// Advances `kStates` states through the tokens of a tile and adds their share to y.
-template <int kStates, class F, class BAt, class CAt>
-inline void scan_tile(const F* A, F* h, const F* dt, const F* dtu, F* y, int count, const BAt& B, const CAt& C, int64_t first) {
-  constexpr int V = kLanes<F>;
+// Advances `kStates` states through the tokens of a tile and adds their share to p.y, calling also(t) for every token. A
+// function of its own so that the registers are all its own; decays in pairs, for one's arithmetic is a single long chain.
+template <int kStates, class F, class BAt, class CAt, class Also>
+__attribute__((noinline)) void scan_tile(const F* A, F* h, const Prepared<F>& p, int count, const BAt& B, const CAt& C,
+                                         int64_t first, const Also& also) {
+  constexpr int V = kLanes<F>, kPair = kStates > 1 ? 2 : 1;
   Vec<F> state[kStates];
   IUMAD_UNROLL for (int n = 0; n < kStates; ++n) state[n] = load(h + (first + n) * V);
   for (int t = 0; t < count; ++t) {
-    const Vec<F> step = load(dt + t * V), input = load(dtu + t * V);
-    Vec<F> sum = load(y + t * V), sum_odd{};
-    IUMAD_UNROLL for (int n = 0; n < kStates; ++n) {
-      const Vec<F> decay = exp2_product<F>(step, load(A + (first + n) * V));
-      state[n] = fma(decay, state[n], input * B(t, first + n));
-      (n % 2 ? sum_odd : sum) = fma(state[n], C(t, first + n), n % 2 ? sum_odd : sum);
+    also(t);
+    const Vec<F> step = load(p.dt + t * V), input = load(p.dtu + t * V);
+    Vec<F> sum[kPair] = {load(p.y + t * V)};
+    IUMAD_UNROLL for (int n = 0; n < kStates; n += kPair) {
+      Vec<F> decay[kPair];
+      IUMAD_UNROLL for (int i = 0; i < kPair; ++i) decay[i] = exp2_product<F>(step, load(A + (first + n + i) * V));
+      IUMAD_UNROLL for (int i = 0; i < kPair; ++i) {
+        state[n + i] = fma(decay[i], state[n + i], input * B(t, first + n + i));
+        sum[i] = fma(state[n + i], C(t, first + n + i), sum[i]);
+      }
     }
-    store<F>(y + t * V, sum + sum_odd);
+    store<F>(p.y + t * V, kPair > 1 ? sum[0] + sum[kPair - 1] : sum[0]);
   }
   IUMAD_UNROLL for (int n = 0; n < kStates; ++n) store<F>(h + (first + n) * V, state[n]);
 }
@@ -73,88 +92,159 @@ void load_block_state(const SelectiveScan& s, int64_t k, const ChannelBlock& b, 
   if (s.B.constant) load_parameter<F>(m.B + at_block, s.B.data, s, k, b, m.state_offset);
   if (s.C.constant) load_parameter<F>(m.C + at_block, s.C.data, s, k, b, m.state_offset);
   const StateView& v = s.initial_state;
-  for (int64_t n = 0; n < s.states; ++n) {
-    F* h = m.h + at_block + n * V;
-    if (v.data) {
+  if (v.data == nullptr) {
+    std::memset(m.h + at_block, 0, s.states * V * sizeof(F));
+    return;
+  }
+  void* data = at(v.data, v.dtype, b.batch * v.batch + k * v.direction + b.channel * v.channel);
+  if (v.state == 1) {
+    load_block<F>(m.h + at_block, data, v.dtype, m.state_offset, s.states, v.channel, b.lanes, 1);
+  } else {
+    for (int64_t n = 0; n < s.states; ++n) {
       const int64_t offset = n * v.state;
-      void* data = at(v.data, v.dtype, b.batch * v.batch + k * v.direction + b.channel * v.channel);
-      load_block<F>(h, data, v.dtype, &offset, 1, v.channel, b.lanes);
-    } else {
-      store<F>(h, Vec<F>{});
+      load_block<F>(m.h + at_block + n * V, data, v.dtype, &offset, 1, v.channel, b.lanes);
     }
   }
 }
 
 template <class F>
-void store_last_state(const SelectiveScan& s, int64_t k, const ChannelBlock& b, const F* h) {
+void store_last_state(const SelectiveScan& s, int64_t k, const ChannelBlock& b, const F* h, const int64_t* state_offset) {
   const StateView& v = s.last_state;
   void* data = at(v.data, v.dtype, b.batch * v.batch + k * v.direction + b.channel * v.channel);
-  for (int64_t n = 0; n < s.states; ++n) {
-    const int64_t offset = n * v.state;
-    store_block<F>(h + n * kLanes<F>, data, v.dtype, &offset, 1, v.channel, b.lanes);
-  }
-}
-
-// One tile of one channel block, whose u and delta are in m.u and m.dt; leaves the output in m.y.
-template <class F, bool kConstantB, bool kConstantC>
-void scan_block(const SelectiveScan& s, int64_t k, const TokenTile& tile, const ChannelBlock& b, int64_t index,
-                ForwardScratch<F>& m) {
-  constexpr int V = kLanes<F>;
-  const int64_t at_block = index * s.states * V;
-  const Vec<F> skip = load_channels<F>(s.D, s, k, b);
-  finish_delta<false, F>(m.dt, nullptr, s, tile.count, load_channels<F>(s.delta_bias, s, k, b));
-  for (int t = 0; t < tile.count; ++t) {
-    const Vec<F> u = load(m.u + t * V);
-    store<F>(m.dtu + t * V, load(m.dt + t * V) * u);
-    store<F>(m.y + t * V, skip * u);
-  }
-  const auto B = coefficients<F, kConstantB>(s.B, m.B + at_block, tile, k, b);
-  const auto C = coefficients<F, kConstantC>(s.C, m.C + at_block, tile, k, b);
-  for_state_runs<kRun>(s.states, [&](auto run, int64_t n) {
-    scan_tile<decltype(run)::value, F>(m.A + at_block, m.h + at_block, m.dt, m.dtu, m.y, tile.count, B, C, n);
-  });
-  if (s.z.data) {
-    load_tokens<F>(m.u, s.z, tile, k, b);
-    for (int t = 0; t < tile.count; ++t) {
-      const Vec<F> z = load(m.u + t * V);
-      store<F>(m.y + t * V, load(m.y + t * V) * z * sigmoid<F>(z));
+  if (v.state == 1) {
+    store_block<F>(h, data, v.dtype, state_offset, s.states, v.channel, b.lanes);
+  } else {
+    for (int64_t n = 0; n < s.states; ++n) {
+      const int64_t offset = n * v.state;
+      store_block<F>(h + n * kLanes<F>, data, v.dtype, &offset, 1, v.channel, b.lanes);
     }
   }
 }
 
-// One direction for `blocks` neighbouring channel blocks of a group.
+// The tensors of one tile that have a value per token and channel.
+struct ForwardTile {
+  TokenTile tokens;
+  TileView u, delta, z, out;
+
+  ForwardTile(const SelectiveScan& s, const TokenTile& tile, int64_t batch, int64_t k)
+      : tokens(tile),
+        u(s.u, tile, batch, k),
+        delta(s.delta, tile, batch, k),
+        z(s.z, tile, batch, k),
+        out(s.out, tile, batch, k) {}
+};
+
+// The tokens of a tile of one channel block: read in place where they are whole vectors, else from a copy.
+template <class F>
+struct TokenRows {
+  void* data;
+  DType dtype;
+  const int64_t* offset;
+
+  Vec<F> operator[](int t) const {
+    Vec<F> v;
+    visit<F>(dtype, data, [&](auto* p) { v = load_lanes(p + offset[t]); });
+    return v;
+  }
+};
+
+template <class F>
+bool in_place(const TileView& v, const ChannelBlock& b) {
+  return v.view->channel == 1 && b.lanes == kLanes<F>;
+}
+
+// Reads u and delta of a tile of one channel block into `p`.
+template <class F>
+__attribute__((noinline)) void prepare(const SelectiveScan& s, int64_t k, const ForwardTile& tile, const ChannelBlock& b,
+                                       const Prepared<F>& p, const ForwardScratch<F>& m) {
+  constexpr int V = kLanes<F>;
+  constexpr DType kCompute = sizeof(F) == 8 ? DType::kFloat64 : DType::kFloat32;
+  TokenRows<F> u{tile.u.block(b), s.u.dtype, tile.u.offset}, delta{tile.delta.block(b), s.delta.dtype, tile.delta.offset};
+  if (!in_place<F>(tile.u, b)) {
+    load_tokens<F>(m.u, tile.u, b);
+    u = {m.u, kCompute, m.dense};
+  }
+  if (s.delta_rows != s.dim || !in_place<F>(tile.delta, b)) {
+    load_delta<F>(m.delta, s, tile.delta, b);
+    delta = {m.delta, kCompute, m.dense};
+  }
+  const Vec<F> bias = load_channels<F>(s.delta_bias, s, k, b), skip = load_channels<F>(s.D, s, k, b);
+  for (int t = 0; t < tile.tokens.count; ++t) {
+    const Vec<F> ut = u[t], x = delta[t] + bias, dt = s.delta_softplus ? softplus<F>(x).value : x;
+    store<F>(p.dt + t * V, dt);
+    store<F>(p.dtu + t * V, dt * ut);
+    store<F>(p.y + t * V, skip * ut);
+  }
+}
+
+// y times silu(z).
+template <class F>
+void gate(const TileView& view, const ChannelBlock& b, F* y, F* z) {
+  constexpr int V = kLanes<F>;
+  load_tokens<F>(z, view, b);
+  for (int t = 0; t < view.count; ++t) {
+    const Vec<F> x = load(z + t * V);
+    store<F>(y + t * V, load(y + t * V) * x * sigmoid<F>(x));
+  }
+}
+
+// The tokens of a direction for the `blocks` channel blocks in m.block.
 template <class F, bool kConstantB, bool kConstantC>
-void scan_direction(const SelectiveScan& s, int64_t k, int64_t batch, int64_t group, int64_t first_block, int64_t blocks,
-                    ForwardScratch<F>& m) {
-  const ScanDirection direction = s.order.direction(k);
-  const auto block = [&](int64_t i) { return channel_block<F>(s, batch, group, first_block + i); };
-  const auto load_inputs = [&](const TokenTile& tile, const ChannelBlock& b) {
-    load_tokens<F>(m.u, s.u, tile, k, b);
-    load_delta<F>(m.dt, s, tile, k, b);
-  };
-  for (int64_t i = 0; i < blocks; ++i) load_block_state<F>(s, k, block(i), i, m);
-  if (direction.length > 0) load_inputs(TokenTile(direction, 0), block(0));
+void scan_tokens(const SelectiveScan& s, int64_t k, const ScanDirection& direction, int64_t blocks, ForwardScratch<F>& m) {
+  const int64_t batch = m.block[0].batch, block_size = s.states * kLanes<F>;
+  ForwardTile tile(s, TokenTile(direction, 0), batch, k);
+  prepare<F>(s, k, tile, m.block[0], m.next, m);
   for (int64_t first = 0; first < direction.length; first += kTile) {
-    const bool more = first + kTile < direction.length;
-    const TokenTile tile(direction, first), next(direction, more ? first + kTile : first);
+    const bool last = first + kTile >= direction.length;
+    const ForwardTile next(s, TokenTile(direction, last ? first : first + kTile), batch, k);
+    auto B = coefficients<F, kConstantB>(s.B, m.B, tile.tokens, k, m.block[0]);
+    auto C = coefficients<F, kConstantC>(s.C, m.C, tile.tokens, k, m.block[0]);
     for (int64_t i = 0; i < blocks; ++i) {
-      const ChannelBlock b = block(i);
-      for (const TokenView* v : {&s.u, &s.delta}) prefetch_tokens<false>(*v, next, k, b);
-      prefetch_tokens<false>(s.z, tile, k, b);
-      prefetch_tokens<true>(s.out, tile, k, b);
-      if (s.tile_states) save_tile_states<F>(m.h + i * s.states * kLanes<F>, s, k, first / kTile, b);
-      scan_block<F, kConstantB, kConstantC>(s, k, tile, b, i, m);
+      std::swap(m.now, m.next);
       // Loads before stores: input and output lie at the same offsets within their pages, and a load that follows a store to the
       // same offset waits until that store has left for memory.
       if (i + 1 < blocks) {
-        load_inputs(tile, block(i + 1));
-      } else if (more) {
-        load_inputs(next, block(0));
+        prepare<F>(s, k, tile, m.block[i + 1], m.next, m);
+      } else if (!last) {
+        prepare<F>(s, k, next, m.block[0], m.next, m);
       }
-      store_tokens<F>(m.y, s.out, tile, k, b, k > 0 && s.order.overlaps());
+      const bool here = i + kAhead < blocks;
+      const ForwardTile& later = here ? tile : next;
+      const ChannelBlock& later_block = m.block[here ? i + kAhead : (i + kAhead) % blocks];
+      const Prefetch<false> u(later.u, later_block), delta(later.delta, later_block), z(later.z, later_block);
+      const Prefetch<true> out(later.out, later_block);
+      F* h = m.h + i * block_size;
+      if (s.tile_states) save_tile_states<F>(h, s, k, first / kTile, m.block[i]);
+      B.block = m.B + i * block_size;
+      C.block = m.C + i * block_size;
+      for_state_runs<kRun>(s.states, [&](auto run, int64_t n) {
+        const auto scan = [&](const auto& also) {
+          scan_tile<decltype(run)::value, F>(m.A + i * block_size, h, m.now, tile.tokens.count, B, C, n, also);
+        };
+        if (n == 0) {
+          scan([&](int t) __attribute__((always_inline)) {
+            u(t);
+            delta(t);
+            z(t);
+            out(t);
+          });
+        } else {
+          scan([](int) {});
+        }
+      });
+      if (s.z.data) gate<F>(tile.z, m.block[i], m.now.y, m.now.dt);
+      store_tokens<F>(m.now.y, tile.out, m.block[i], k > 0 && s.order.overlaps());
     }
+    tile = next;
   }
-  for (int64_t i = 0; i < blocks; ++i) store_last_state<F>(s, k, block(i), m.h + i * s.states * kLanes<F>);
+}
+
+template <class F, bool kConstantB, bool kConstantC>
+void scan_direction(const SelectiveScan& s, int64_t k, int64_t blocks, ForwardScratch<F>& m) {
+  const ScanDirection direction = s.order.direction(k);
+  for (int64_t i = 0; i < blocks; ++i) load_block_state<F>(s, k, m.block[i], i, m);
+  if (direction.length > 0) scan_tokens<F, kConstantB, kConstantC>(s, k, direction, blocks, m);
+  for (int64_t i = 0; i < blocks; ++i) store_last_state<F>(s, k, m.block[i], m.h + i * s.states * kLanes<F>, m.state_offset);
 }
 
 template <class F>
@@ -176,8 +266,9 @@ void forward(const SelectiveScan& s, int64_t begin, int64_t end) {
                                 : (s.C.constant ? scan_direction<F, false, true> : scan_direction<F, false, false>);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t first = task % count * per_task, group = task / count % s.groups, batch = task / count / s.groups;
-    const int64_t left = group_blocks - first;
-    for (int64_t k = 0; k < s.order.directions(); ++k) run(s, k, batch, group, first, left < per_task ? left : per_task, m);
+    const int64_t left = group_blocks - first, blocks = left < per_task ? left : per_task;
+    for (int64_t i = 0; i < blocks; ++i) m.block[i] = channel_block<F>(s, batch, group, first + i);
+    for (int64_t k = 0; k < s.order.directions(); ++k) run(s, k, blocks, m);
   }
 }
 

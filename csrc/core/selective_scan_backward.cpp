@@ -111,17 +111,42 @@ inline void adjoint(BackwardScratch<F>& m, const F* A, F* g, F* dA, F* dBc, F* d
   }
 }
 
+// The tensors of one tile that have a value per token and channel.
+struct BackwardTile {
+  TokenTile tokens;
+  TileView u, delta, z, grad_out, du, ddelta, dz;
+
+  BackwardTile(const SelectiveScan& s, const SelectiveScanGradients& d, const TokenTile& tile, int64_t batch, int64_t k)
+      : tokens(tile),
+        u(s.u, tile, batch, k),
+        delta(s.delta, tile, batch, k),
+        z(s.z, tile, batch, k),
+        grad_out(d.out, tile, batch, k),
+        du(d.u, tile, batch, k),
+        ddelta(d.delta, tile, batch, k),
+        dz(d.z, tile, batch, k) {}
+
+  __attribute__((always_inline)) void prefetch(const ChannelBlock& b) const {
+    const auto all = [&](const auto& line) __attribute__((always_inline)) {
+      for (int t = 0; t < kTile; ++t) line(t);
+    };
+    for (const TileView* v : {&u, &delta, &z, &grad_out}) all(Prefetch<false>(*v, b));
+    for (const TileView* v : {&du, &ddelta, &dz}) all(Prefetch<true>(*v, b));
+  }
+};
+
 // Reads a tile of one channel block and turns the gradient of the gated output into dy.
 template <class F>
-void load_tile(BackwardScratch<F>& m, const SelectiveScan& s, const SelectiveScanGradients& d, const TokenTile& tile, int64_t k,
-               const ChannelBlock& b, Vec<F> skip) {
+void load_tile(BackwardScratch<F>& m, const SelectiveScan& s, const BackwardTile& tile, int64_t k, const ChannelBlock& b,
+               Vec<F> skip) {
   constexpr int V = kLanes<F>;
-  load_tokens<F>(m.u, s.u, tile, k, b);
-  load_delta<F>(m.dt, s, tile, k, b);
-  finish_delta<true, F>(m.dt, m.slope, s, tile.count, load_channels<F>(s.delta_bias, s, k, b));
-  load_tokens<F>(m.dout, d.out, tile, k, b);
-  if (s.z.data) load_tokens<F>(m.z, s.z, tile, k, b);
-  for (int t = 0; t < tile.count; ++t) {
+  const int count = tile.tokens.count;
+  load_tokens<F>(m.u, tile.u, b);
+  load_delta<F>(m.dt, s, tile.delta, b);
+  finish_delta<true, F>(m.dt, m.slope, s, count, load_channels<F>(s.delta_bias, s, k, b));
+  load_tokens<F>(m.dout, tile.grad_out, b);
+  if (s.z.data) load_tokens<F>(m.z, tile.z, b);
+  for (int t = 0; t < count; ++t) {
     const Vec<F> u = load(m.u + t * V);
     store<F>(m.dtu + t * V, load(m.dt + t * V) * u);
     store<F>(m.y + t * V, skip * u);
@@ -132,17 +157,17 @@ void load_tile(BackwardScratch<F>& m, const SelectiveScan& s, const SelectiveSca
     }
     store<F>(m.dy + t * V, dy);
   }
-  clear(m.sA, tile.count * V);
-  clear(m.sB, tile.count * V);
+  clear(m.sA, count * V);
+  clear(m.sB, count * V);
 }
 
 // The tile's results once every state has added to sA and sB.
 template <class F>
-void store_tile(BackwardScratch<F>& m, const SelectiveScan& s, const SelectiveScanGradients& d, const TokenTile& tile, int64_t k,
-                const ChannelBlock& b, Vec<F> skip, F* dD, F* dbias) {
+void store_tile(BackwardScratch<F>& m, const SelectiveScan& s, const SelectiveScanGradients& d, const BackwardTile& tile,
+                int64_t k, const ChannelBlock& b, Vec<F> skip, F* dD, F* dbias) {
   constexpr int V = kLanes<F>;
   Vec<F> sum_dD = load(dD), sum_dbias = load(dbias);
-  for (int t = 0; t < tile.count; ++t) {
+  for (int t = 0; t < tile.tokens.count; ++t) {
     const Vec<F> u = load(m.u + t * V), dy = load(m.dy + t * V), sB = load(m.sB + t * V);
     const Vec<F> ddt = fma(u, sB, load(m.sA + t * V) * broadcast(kLn2<F>));
     const Vec<F> ddelta = ddt * load(m.slope + t * V);
@@ -158,9 +183,9 @@ void store_tile(BackwardScratch<F>& m, const SelectiveScan& s, const SelectiveSc
   store<F>(dD, sum_dD);
   store<F>(dbias, sum_dbias);
   const bool again = k > 0 && s.order.overlaps();  // an earlier direction has written these pixels
-  store_tokens<F>(m.sB, d.u, tile, k, b, again);
-  store_tokens<F>(m.sA, d.delta, tile, k, b, again && d.delta.direction == 0);
-  if (s.z.data) store_tokens<F>(m.z, d.z, tile, k, b, again);
+  store_tokens<F>(m.sB, tile.du, b, again);
+  store_tokens<F>(m.sA, tile.ddelta, b, again && d.delta.direction == 0);
+  if (s.z.data) store_tokens<F>(m.z, tile.dz, b, again);
 }
 
 // Sums the lanes of a tile's [token][state][lane] block into the rows of the partial gradient.
@@ -204,12 +229,6 @@ void store_channels(const F* src, void* partial, const SelectiveScan& s, int64_t
   std::memcpy(p, src, b.lanes * sizeof(F));
 }
 
-void prefetch_block(const SelectiveScan& s, const SelectiveScanGradients& d, const TokenTile& tile, int64_t k,
-                    const ChannelBlock& b) {
-  for (const TokenView* v : {&s.u, &s.delta, &s.z, &d.out}) prefetch_tokens<false>(*v, tile, k, b);
-  for (const TokenView* v : {&d.u, &d.delta, &d.z}) prefetch_tokens<true>(*v, tile, k, b);
-}
-
 // One direction for the channel blocks [first_block, first_block + blocks) of a group, tiles from the last to the first.
 template <class F, bool kConstantB, bool kConstantC>
 void backward_direction(const SelectiveScan& s, const SelectiveScanGradients& d, int64_t k, int64_t part, int64_t first_block,
@@ -243,14 +262,15 @@ void backward_direction(const SelectiveScan& s, const SelectiveScanGradients& d,
 
   const int64_t tiles = (direction.length + kTile - 1) / kTile;
   for (int64_t index = tiles - 1; index >= 0; --index) {
-    const TokenTile tile(direction, index * kTile);
+    const BackwardTile views(s, d, TokenTile(direction, index * kTile), batch, k);
+    const TokenTile& tile = views.tokens;
     clear(m.dB, tile.count * block_size);
     clear(m.dC, tile.count * block_size);
     for (int64_t i = blocks - 1; i >= 0; --i) {  // the last block first: it may be cut off
       const ChannelBlock b = channel_block<F>(s, batch, group, first_block + i);
       const Vec<F> skip = load_channels<F>(s.D, s, k, b);
-      if (i > 0) prefetch_block(s, d, tile, k, channel_block<F>(s, batch, group, first_block + i - 1));
-      load_tile<F>(m, s, d, tile, k, b, skip);
+      if (i > 0) views.prefetch(channel_block<F>(s, batch, group, first_block + i - 1));
+      load_tile<F>(m, s, views, k, b, skip);
       const F* A = m.A + i * block_size;
       const auto B = coefficients<F, kConstantB>(s.B, m.B + i * block_size, tile, k, b);
       const auto C = coefficients<F, kConstantC>(s.C, m.C + i * block_size, tile, k, b);
@@ -269,7 +289,7 @@ void backward_direction(const SelectiveScan& s, const SelectiveScanGradients& d,
         clear_lanes(m.dB, tile.count * s.states, b.lanes);
         clear_lanes(m.dC, tile.count * s.states, b.lanes);
       }
-      store_tile<F>(m, s, d, tile, k, b, skip, m.dD + i * V, m.dbias + i * V);
+      store_tile<F>(m, s, d, views, k, b, skip, m.dD + i * V, m.dbias + i * V);
     }
     const ChannelBlock any = channel_block<F>(s, batch, group, first_block);
     if (!kConstantB) store_projection<F>(m.dB, d.B, d.B_directions, s, tile, part, k, any);

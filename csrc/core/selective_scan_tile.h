@@ -60,65 +60,74 @@ struct TokenTile {
 
 inline void* at(void* data, DType dtype, int64_t offset) { return static_cast<char*>(data) + offset * size_of(dtype); }
 
-// Where a tile's tokens lie in one tensor, relative to the first channel of a block.
-struct TileAddress {
-  void* data;
-  int64_t offset[kTile];
-  int step;  // as unit_step
+// A tile of one tensor: where its tokens lie, for any channel block.
+struct TileView {
+  const TokenView* view;
+  char* data;  // of the tile's batch entry and direction; null where the tensor is absent
+  int count;
+  int step;               // as unit_step
+  int64_t offset[kTile];  // of token t, in elements
+  int64_t line[kTile];    // bytes from a block's first channel to cache lines its tokens lie in, see prefetch
 
-  TileAddress(const TokenView& v, const TokenTile& tile, int64_t k, const ChannelBlock& b)
-      : data(at(v.data, v.dtype, b.batch * v.batch + k * v.direction + b.channel * v.channel)) {
+  TileView(const TokenView& v, const TokenTile& tile, int64_t batch, int64_t k)
+      : view(&v), data(nullptr), count(tile.count), step(0), offset{}, line{} {
+    if (v.data == nullptr) return;
+    data = static_cast<char*>(at(v.data, v.dtype, batch * v.batch + k * v.direction));
     const int64_t difference = tile.inner_row * v.row + tile.inner_column * v.column;
-    step = tile.straight && (difference == 1 || difference == -1) ? int(difference) : 0;
     if (tile.straight) {
+      step = difference == 1 || difference == -1 ? int(difference) : 0;
       const int64_t first = tile.row[0] * v.row + tile.column[0] * v.column;
       for (int t = 0; t < kTile; ++t) offset[t] = first + t * difference;  // constant trip count: a few vector additions
     } else {
       for (int t = 0; t < tile.count; ++t) offset[t] = tile.row[t] * v.row + tile.column[t] * v.column;
     }
+    const int64_t size = size_of(v.dtype), last = count > 0 ? count - 1 : 0;
+    if (v.channel == 1) {
+      for (int t = 0; t < kTile; ++t) line[t] = offset[t < last ? t : last] * size;
+    } else {  // a line per channel: the last token's, for the first token's may have come with the tile before
+      for (int t = 0; t < kTile; ++t) line[t] = (offset[last] + t * v.channel) * size;
+    }
   }
+
+  char* block(const ChannelBlock& b) const { return data + b.channel * view->channel * size_of(view->dtype); }
 };
 
 template <class F>
-void load_tokens(F* dst, const TokenView& v, const TokenTile& tile, int64_t k, const ChannelBlock& b) {
-  const TileAddress a(v, tile, k, b);
-  load_block<F>(dst, a.data, v.dtype, a.offset, tile.count, v.channel, b.lanes, a.step);
+void load_tokens(F* dst, const TileView& v, const ChannelBlock& b) {
+  load_block<F>(dst, v.block(b), v.view->dtype, v.offset, v.count, v.view->channel, b.lanes, v.step);
 }
 
 template <class F>
-void store_tokens(const F* src, const TokenView& v, const TokenTile& tile, int64_t k, const ChannelBlock& b, bool accumulate) {
-  const TileAddress a(v, tile, k, b);
-  store_block<F>(src, a.data, v.dtype, a.offset, tile.count, v.channel, b.lanes, accumulate, a.step);
+void store_tokens(const F* src, const TileView& v, const ChannelBlock& b, bool accumulate) {
+  store_block<F>(src, v.block(b), v.view->dtype, v.offset, v.count, v.view->channel, b.lanes, accumulate, v.step);
 }
 
-// Asks for the lines of a tile ahead of time: they are a whole row of channels or of tokens apart, too far for the hardware to
-// guess.
+// Asks for a channel block's cache lines of a tile ahead of time, one per call: they are a whole row of channels or of tokens
+// apart, too far for the hardware to guess, and asked for all at once they would hold up other loads. Always inlined: g++ takes
+// a function that only prefetches for one without effect and drops the calls.
 template <bool kForWriting>
-inline void prefetch_tokens(const TokenView& v, const TokenTile& tile, int64_t k, const ChannelBlock& b) {
-  if (v.data == nullptr) return;
-  const TileAddress a(v, tile, k, b);
-  if (v.channel == 1) {
-    for (int t = 0; t < tile.count; ++t) __builtin_prefetch(at(a.data, v.dtype, a.offset[t]), kForWriting);
-  } else {
-    for (int lane = 0; lane < b.lanes; ++lane) {
-      __builtin_prefetch(at(a.data, v.dtype, a.offset[0] + lane * v.channel), kForWriting);
-      __builtin_prefetch(at(a.data, v.dtype, a.offset[tile.count - 1] + lane * v.channel), kForWriting);
-    }
+class Prefetch {
+ public:
+  Prefetch(const TileView& v, const ChannelBlock& b) : block_(v.data ? v.block(b) : nullptr), line_(v.line) {}
+  __attribute__((always_inline)) void operator()(int t) const {
+    if (block_ != nullptr) __builtin_prefetch(block_ + line_[t], kForWriting);
   }
-}
+
+ private:
+  const char* block_;
+  const int64_t* line_;
+};
 
 // delta where groups of channels share a row.
 template <class F>
-void load_delta(F* dst, const SelectiveScan& s, const TokenTile& tile, int64_t k, const ChannelBlock& b) {
-  if (s.delta_rows == s.dim) return load_tokens<F>(dst, s.delta, tile, k, b);
+void load_delta(F* dst, const SelectiveScan& s, const TileView& v, const ChannelBlock& b) {
+  if (s.delta_rows == s.dim) return load_tokens<F>(dst, v, b);
   constexpr int V = kLanes<F>;
-  const TokenView& v = s.delta;
-  visit<F>(v.dtype, v.data, [&](auto* p) {
+  visit<F>(v.view->dtype, v.data, [&](auto* p) {
     for (int lane = 0; lane < V; ++lane) {
       const int64_t channel = b.channel + (lane < b.lanes ? lane : 0);
-      const auto* row = p + b.batch * v.batch + k * v.direction + channel * s.delta_rows / s.dim * v.channel;
-      for (int t = 0; t < tile.count; ++t)
-        dst[t * V + lane] = lane < b.lanes ? to_compute(row[tile.row[t] * v.row + tile.column[t] * v.column]) : F(0);
+      const auto* row = p + channel * s.delta_rows / s.dim * v.view->channel;
+      for (int t = 0; t < v.count; ++t) dst[t * V + lane] = lane < b.lanes ? to_compute(row[v.offset[t]]) : F(0);
     }
   });
 }

@@ -176,7 +176,7 @@ def _feature_gradients(
     row, column = p // columns, p % columns
     take = (p < pixels) & (c < channels)
     d = tl.load(distance + b * pixels + p, p < pixels, other=0.0)
-    factor = tl.load(gradient + b * pixels + p, p < pixels, other=0.0) / tl.where(d == 0.0, 1.0, d)
+    factor = tl.load(gradient + b * pixels + p, p < pixels, other=0.0) / d
     factor = tl.where(d == 0.0, 0.0, factor)  # the norm's subgradient
     g = factor * _difference(features, reference, features_s, reference_s, b, row, column, c, take, COMPUTE)
     if dfeatures is not None:
@@ -214,8 +214,7 @@ def forward(
     Y, Y_means, _ = tables(h, height, sigma, pool, features.device, dtype)
     X, X_means, _ = tables(w, width, sigma, pool, features.device, dtype)
     distance = features.new_empty((batch, h, w), dtype=dtype)
-    # Few pixels, and all their channels in one program: small tiles, so that there are programs enough.
-    size = tuned("anomaly_map", sizes(features, h * w, elements=512) | {"num_warps": 4})
+    size = tuned("anomaly_map", sizes(features, h * w) | {"num_warps": 4})
     launch(
         _distances,
         programs(batch, h * w, 1, size),

@@ -1,8 +1,9 @@
 """Attention in Triton, forward; cross_attention_backward.py is its backward. Formulas: csrc/core/cross_attention.h.
 
-A program takes a block of queries of one head and walks the keys in blocks of 64 with the online softmax of FlashAttention
+A program takes a block of queries of one head and walks blocks of keys with the online softmax of FlashAttention
 (arXiv 2205.14135). Products run on tensor cores: 16-bit inputs as they are, float32 as three TF32 products, which keeps
-float32's accuracy. Blocks have 64 keys because that is a block of the random stream: dropout masks are the CPU's, bit by bit.
+float32's accuracy. Blocks have 64 keys, a block of the random stream (so dropout masks are the CPU's, bit by bit), or half of
+them where registers would not hold the parts of 64.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from torch import Tensor
 from iumad_kernels.triton.launch import compute_type, launch, pow2
 from iumad_kernels.triton.numerics import LN2, LOG2E, matmul
 from iumad_kernels.triton.tuning import tuned
-
-BLOCK_K = 64
 
 
 @triton.jit
@@ -50,14 +49,18 @@ def scores(
 
 
 @triton.jit
-def dropout_keep(seed, row, first_key, keys, threshold):
-    """Which of 64 keys from ``first_key`` on survive dropout, for each row of weights: the layout of csrc/core/philox.h."""
+def dropout_keep(seed, row, first_key, keys, threshold, BLOCK_K: tl.constexpr):
+    """Which of 64 or 32 keys from ``first_key`` on survive dropout, for each row of weights: the layout of csrc/core/philox.h."""
     block = row.to(tl.int64) * tl.cdiv(keys, 64) + first_key // 64
     counter = 16 * block[:, None] + tl.arange(0, 16)[None, :]
     w0, w1, w2, w3 = tl.randint4x(tl.load(seed), counter)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (rows, lane, w // 2, w % 2)
-    words = tl.reshape(words, (row.shape[0], 16, 4))
-    words = tl.reshape(tl.permute(words, (0, 2, 1)), (row.shape[0], 64))
+    if BLOCK_K == 64:
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (rows, lane, w // 2, w % 2)
+        words = tl.reshape(words, (row.shape[0], 16, 4))
+    else:
+        lower = first_key % 64 == 0
+        words = tl.join(tl.where(lower, w0, w2), tl.where(lower, w1, w3))  # (rows, lane, w)
+    words = tl.reshape(tl.permute(words, (0, 2, 1)), (row.shape[0], BLOCK_K))
     return (words.to(tl.int64) & 0xFFFFFFFF) >= threshold
 
 
@@ -93,7 +96,9 @@ def _forward(
         fade = tl.exp2(top - reference)
         total = total * fade + tl.sum(p, 1)
         if seed is not None:
-            p = tl.where(dropout_keep(seed, bh * queries + i, first, keys, threshold), p * (1.0 / KEPT), 0.0)
+            p = tl.where(
+                dropout_keep(seed, bh * queries + i, first, keys, threshold, BLOCK_K), p * (1.0 / KEPT), 0.0
+            )
         acc = acc * fade[:, None] + matmul(p.to(v.dtype), v, PRECISION, COMPUTE)
         top = new_top
     unseen = total == 0.0
@@ -130,7 +135,9 @@ def _average_weights(
         )
         p = probabilities(x, lse, bh * queries, i, queries)
         if seed is not None:
-            p = tl.where(dropout_keep(seed, bh * queries + i, first, keys, threshold), p * (1.0 / KEPT), 0.0)
+            p = tl.where(
+                dropout_keep(seed, bh * queries + i, first, keys, threshold, BLOCK_K), p * (1.0 / KEPT), 0.0
+            )
         acc += p
     at = (b * queries + i.to(tl.int64))[:, None] * keys + j[None, :]
     tl.store(weights + at, acc / heads, (i < queries)[:, None] & (j < keys)[None, :])
@@ -146,21 +153,29 @@ def probabilities(x, lse, first_row, i, queries):
 def sizes(op: str, query: Tensor, value: Tensor) -> dict[str, Any]:
     """Block sizes and precision.
 
-    More queries per block mean fewer passes over the keys, until registers end (hence half as many for float32, whose products
-    need their operands in parts) or until an H100 gets less than two programs per multiprocessor.
+    More queries per block mean fewer passes over the keys, until registers end (sooner for float32, whose products need their
+    operands in parts) or until an H100 gets less than two programs per multiprocessor.
     """
     batch, heads, queries, _ = query.shape
     block_e, block_v = max(pow2(query.shape[3]), 16), max(pow2(value.shape[3]), 16)
     row_bytes = max(block_e, block_v) * query.element_size()
-    block_q = max(16384 // max(row_bytes, 128), 16) // (1 if query.element_size() == 2 else 2)
+    if query.element_size() == 2:
+        block_q = max(16384 // max(row_bytes, 128), 16)
+    else:
+        block_q = 64 if row_bytes <= 128 else 16
     if block_q > 64 and batch * heads * queries < 2 * 132 * block_q:
         block_q = 64
     tunable = {
-        "BLOCK_Q": min(max(block_q, 16), max(pow2(queries), 16)),
+        "BLOCK_Q": min(block_q, max(pow2(queries), 16)),
         "num_warps": 8 if block_q >= 128 or row_bytes > 128 or query.element_size() > 2 else 4, "num_stages": 2,
     }  # fmt: skip
     precision = "tf32x3" if query.dtype == torch.float32 else "ieee"
-    fixed = {"BLOCK_K": BLOCK_K, "BLOCK_E": block_e, "BLOCK_V": block_v, "PRECISION": precision}
+    fixed = {
+        "BLOCK_K": 64 if query.element_size() == 2 else 32,
+        "BLOCK_E": block_e,
+        "BLOCK_V": block_v,
+        "PRECISION": precision,
+    }
     return fixed | tuned(op, tunable)
 
 
@@ -216,7 +231,7 @@ def forward(
         size.pop("BLOCK_V")
         launch(
             _average_weights,
-            batch * blocks * -(-keys // BLOCK_K),
+            batch * blocks * -(-keys // size["BLOCK_K"]),
             query,
             **common,
             **size,

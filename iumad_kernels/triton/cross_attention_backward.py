@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from iumad_kernels.triton.cross_attention import (
-    BLOCK_K,
     common_arguments,
     dropout_keep,
     load_rows,
@@ -27,7 +26,7 @@ from iumad_kernels.triton.numerics import matmul
 
 @triton.jit
 def _weight_gradient(dout, v, dweights, seed, b, heads, i, j, queries, keys, row, first, threshold,
-                     KEPT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
+                     KEPT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
     """Gradient of the softmax's result, and the factor dropout gives it (1 without): a block of each."""
     d = matmul(dout, tl.trans(v), PRECISION, COMPUTE)
     if dweights is not None:
@@ -36,7 +35,9 @@ def _weight_gradient(dout, v, dweights, seed, b, heads, i, j, queries, keys, row
         d += tl.load(dweights + at, inside, other=0.0).to(COMPUTE) / heads
     factor = tl.full(d.shape, 1.0, COMPUTE)
     if seed is not None:
-        factor = tl.where(dropout_keep(seed, row, first, keys, threshold), 1.0 / KEPT, 0.0).to(COMPUTE)
+        factor = tl.where(dropout_keep(seed, row, first, keys, threshold, BLOCK_K), 1.0 / KEPT, 0.0).to(
+            COMPUTE
+        )
     return d * factor, factor
 
 
@@ -69,7 +70,7 @@ def _row_sums(
         p = probabilities(x, lse, bh * queries, i, queries)
         dp, _ = _weight_gradient(
             do, v, dweights, seed, b, heads, i, j, queries, keys, bh * queries + i, first, threshold,
-            KEPT, PRECISION, COMPUTE,
+            KEPT, PRECISION, BLOCK_K, COMPUTE,
         )  # fmt: skip
         total += tl.sum(p * dp, 1)
     tl.store(delta + bh * queries + i, total, i < queries)
@@ -104,7 +105,7 @@ def _query_gradient(
         p = probabilities(x, lse, bh * queries, i, queries)
         dp, _ = _weight_gradient(
             do, v, dweights, seed, b, heads, i, j, queries, keys, bh * queries + i, first, threshold,
-            KEPT, PRECISION, COMPUTE,
+            KEPT, PRECISION, BLOCK_K, COMPUTE,
         )  # fmt: skip
         dx = p * (dp - row_sum[:, None])
         if dmask is not None:
@@ -155,7 +156,7 @@ def _key_gradient(
             p = probabilities(x, lse, bh * queries, i, queries)
             dp, factor = _weight_gradient(
                 do, v, dweights, seed, b, heads, i, j, queries, keys, bh * queries + i, first, threshold,
-                KEPT, PRECISION, COMPUTE,
+                KEPT, PRECISION, BLOCK_K, COMPUTE,
             )  # fmt: skip
             dx = p * (dp - row_sum[:, None])
             dropped = (p * factor).to(do.dtype)
@@ -210,12 +211,11 @@ def backward(
         _query_gradient, programs, query, **common, **size,
         delta=delta, dquery=dquery, dquery_s=dquery.stride(), dmask=dmask,
     )  # fmt: skip
-    if (
-        query.dtype == torch.float32
-    ):  # two products from three parts each: more queries do not fit into the registers
-        size["BLOCK_Q"] = min(size["BLOCK_Q"], 32)
+    # Two sums in registers, and in float32 the parts of their factors: more queries would spill.
+    most = 16 if query.element_size() > 2 else 32 if max(size["BLOCK_E"], size["BLOCK_V"]) > 32 else 128
+    size["BLOCK_Q"] = min(size["BLOCK_Q"], most)
     launch(
-        _key_gradient, batch * key_heads * -(-keys // BLOCK_K), query, **common, **size,
+        _key_gradient, batch * key_heads * -(-keys // size["BLOCK_K"]), query, **common, **size,
         delta=delta, dkey=dkey, dkey_s=dkey.stride(), dvalue=dvalue, dvalue_s=dvalue.stride(),
     )  # fmt: skip
     if dmask is None or attn_mask is None:

@@ -23,11 +23,10 @@ class Table(NamedTuple):
 
 def _bilinear(inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
     """Interpolation with align_corners, and which of its entries count even where they are 0 (0 * inf is NaN, as in torch)."""
-    step = (inputs - 1) / (outputs - 1) if outputs > 1 else 0.0
+    if inputs == outputs:  # a copy, as in torch
+        return torch.eye(inputs, dtype=torch.float64), torch.eye(inputs, dtype=torch.bool)
     row = torch.arange(outputs)
-    position = (
-        row.double() * (inputs - 1) / (outputs - 1) if step else torch.zeros(outputs, dtype=torch.float64)
-    )
+    position = row.double() * (inputs - 1) / max(outputs - 1, 1)
     low = position.long()
     high = (low + 1).clamp_max(inputs - 1)
     matrix = torch.zeros(outputs, inputs, dtype=torch.float64)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from iumad_kernels.triton.launch import pow2
 
-ELEMENTS = 1024  # of a tile: 8 for each of 128 threads
+TILE_BYTES = 128 * 16  # one load of 16 bytes for each of 128 threads
 
 
 @triton.jit
@@ -21,9 +21,9 @@ def locate(pixels, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, AXIS:
     return program // (blocks_c * blocks_p), tl.expand_dims(p, AXIS), tl.expand_dims(c, 1 - AXIS)
 
 
-def sizes(like: Tensor, pixels: int, elements: int = ELEMENTS) -> dict[str, int]:
+def sizes(like: Tensor, pixels: int, elements: int | None = None) -> dict[str, int]:
     """The tile for a grid laid out as ``like``: up to 64 channels where those are neighbours in memory, else pixels."""
-    channels = like.shape[1]
+    channels, elements = like.shape[1], elements or TILE_BYTES // like.element_size()
     if like.stride(1) == 1:
         block_c = pow2(channels, at_most=64)
         return {"BLOCK_P": pow2(pixels, at_most=max(elements // block_c, 1)), "BLOCK_C": block_c, "AXIS": 1}

@@ -97,13 +97,17 @@ def test_gradient_of_one_result_to_one_input(triton_device, part, needed):
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
-def test_ties_go_to_the_first_window(triton_device):
+@pytest.mark.parametrize("value", [-2.0, float("nan")])
+def test_ties_go_to_the_first_window(triton_device, value):
     """Same-size grids, so the map is the distance; two equal peaks in two blocks of windows, and the zeros around them."""
     features = torch.zeros(1, 1, 5, 240, device=triton_device)
-    features[0, 0, 1, 30] = features[0, 0, 4, 230] = -2.0
+    features[0, 0, 0, 7] = 1.5
+    features[0, 0, 1, 30] = features[0, 0, 4, 230] = value
     _, score, _, peak = torch.ops.iumad.anomaly_map(features, torch.zeros_like(features), 5, 240, 1, 0.0)
-    assert score == 2.0
-    assert peak == 240 + 30
+    full, _ = reference.anomaly_map(features.cpu(), torch.zeros(1, 1, 5, 240), (5, 240), pool=1)
+    want = full.flatten().max(0)
+    torch.testing.assert_close(score.cpu()[0], want.values, equal_nan=True)
+    assert peak.item() == want.indices.item()
 
 
 def test_gradient_at_zero_distance_is_zero(triton_device):

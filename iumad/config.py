@@ -80,6 +80,9 @@ class ModelConfig(Section):
     ffn_dim: PositiveInt = 1024
     # In both transformers and in the cross-attention.
     dropout: Fraction = 0.1
+    # xavier: as the paper initialises, attention is near uniform at first and takes tens of thousands of iterations to
+    # find its place. local: it starts around the query's own cell, see reconstruction.start_local.
+    attention_start: Literal["xavier", "local"] = "xavier"
     # A20: a query may not attend to the k x k cells around it (UniAD: 7); 0 = off.
     neighbour_mask: Count = 0
     # A19: one input and one output projection for both modalities.
@@ -90,6 +93,9 @@ class ModelConfig(Section):
     # The condition branch makes class-aware maps that modulate the encoder's queries. none: no modulation;
     # vit: plain transformer blocks as in IUF.
     condition: Literal["mamba", "vit", "none"] = "mamba"
+    # How a map M modulates a query: E6's product q M, or q (1 + g M) with g learned from 0, which leaves the queries
+    # intact until the maps mean something.
+    condition_gate: Literal["product", "residual"] = "product"
     # A1: how the image enters; the branch works on a grid of 1/16, 1/8 or 1/4 of the image side.
     condition_stem: Literal["patch16", "conv8", "conv4"] = "patch16"
     # A24: one stack and one head for both modalities.
@@ -251,7 +257,8 @@ class IUFConfig(Section):
     optimizer: Literal["sgd", "adamw"] = "sgd"
     # Its rate. With gradients clipped to train.grad_clip an SGD step has norm <= lr * grad_clip.
     lr: NonNegative = 1.0
-    # Before an iteration: weights = (1 - pull) * weights + pull * (weights at the start of the step).
+    # Before an iteration: weights = (1 - pull) * weights + pull * (weights at the start of the step). The pull follows
+    # the rate's schedule: against a rate that decays alone it would undo the step.
     pull: Fraction = 0.05
     pull_every: PositiveInt = 1
 

@@ -12,7 +12,7 @@ __all__ = ["run", "show"]
 
 
 # A shorter schedule than the preset's: the whole demo in about five minutes on two cores.
-SCHEDULE = ["train.epochs=24", "train.increment_epochs=20"]
+SCHEDULE = ["train.epochs=40", "train.increment_epochs=40"]
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -199,8 +199,9 @@ class IUFRule(UpdateRule):
             layer.weight.copy_(weight + matrix_DD @ (layer.weight - weight))
             layer.bias.copy_(bias + matrix_DD @ (layer.bias - bias))
         if self.iteration < self.iterations and self.iteration % self.config.iuf.pull_every == 0:
+            pull = self.config.iuf.pull * self._schedule_factor()
             for parameter, old in zip(self.parameters, self.old):
-                parameter.lerp_(old, self.config.iuf.pull)
+                parameter.lerp_(old, pull)
 
 
 def build_update_rule(config: Config, model: IBIUMAD) -> UpdateRule:

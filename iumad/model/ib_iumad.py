@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -20,7 +21,7 @@ from iumad.model.discriminator import discriminate
 from iumad.model.fusion import Fusion
 from iumad.model.jitter import FeatureJitter
 from iumad.model.layers import PerModality, initialise
-from iumad.model.reconstruction import Reconstruction
+from iumad.model.reconstruction import Reconstruction, start_local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,9 @@ class IBIUMAD(nn.Module):
                 shared_head=model.bottleneck_shared_head,
             )
         self.apply(initialise)
+        if model.attention_start == "local":
+            for modality in self.modalities:
+                start_local(cast(Reconstruction, self.reconstruction[modality]))
 
     def forward(self, images: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> Output:
         """Run the model.

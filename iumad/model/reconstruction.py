@@ -8,6 +8,7 @@ Shapes: B batch, G side of the token grid, L = G * G tokens, D token width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,11 +44,26 @@ def neighbour_mask(grid: int, side: int) -> Tensor:
     return distance > side // 2
 
 
+class Modulation(nn.Module):
+    """Queries times condition maps (E6): q M, or q (1 + g M) with a gate g per channel that starts at 0."""
+
+    def __init__(self, dim: int, kind: str) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(dim)) if kind == "residual" else None
+
+    def forward(self, query_BLD: Tensor, condition_BLD: Tensor) -> Tensor:
+        """(B, L, D) twice to (B, L, D)."""
+        if self.gate is None:
+            return query_BLD * condition_BLD
+        return query_BLD * (1 + self.gate * condition_BLD)
+
+
 class EncoderLayer(nn.Module):
-    """Post-norm self-attention whose query is (x + pos) * condition (E6), and feed-forward."""
+    """Post-norm self-attention whose query is x + pos modulated by the condition (E6), and feed-forward."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.modulate = Modulation(config.dim, config.condition_gate) if config.condition != "none" else None
         self.attention = Attention(config.dim, config.num_heads, config.dropout)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim, config.dropout)
         self.norm1, self.norm2 = nn.LayerNorm(config.dim), nn.LayerNorm(config.dim)
@@ -58,7 +74,9 @@ class EncoderLayer(nn.Module):
     ) -> Tensor:
         """(B, L, D) to (B, L, D); no condition = plain self-attention."""
         key_BLD = x_BLD + position_LD
-        query_BLD = key_BLD if condition_BLD is None else key_BLD * condition_BLD
+        query_BLD = key_BLD
+        if self.modulate is not None and condition_BLD is not None:
+            query_BLD = self.modulate(key_BLD, condition_BLD)
         x_BLD = self.norm1(x_BLD + self.dropout(self.attention(query_BLD, key_BLD, x_BLD, mask)))
         return self.norm2(x_BLD + self.dropout(self.feed_forward(x_BLD)))
 
@@ -115,3 +133,24 @@ class Reconstruction(nn.Module):
             x_BLD = layer(x_BLD, memory_BLD, position_LD, self.mask)
             outputs.append(self.norm(x_BLD))
         return outputs
+
+
+@torch.no_grad()
+def start_local(reconstruction: Reconstruction) -> None:
+    """Make every attention look around the query's own cell at first (model.attention_start).
+
+    Positions become sines and cosines of the row and the column, keys are projected like queries, so that near positions
+    agree, and the decoder's learned queries start small beside the positions.
+    """
+    position = reconstruction.position
+    grid, half = position.row.shape
+    frequency = torch.exp(-math.log(50.0) * torch.arange(0, half, 2) / half)
+    angle = torch.arange(grid)[:, None] * frequency
+    waves = math.sqrt(2.0) * torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :half]
+    position.row.copy_(waves)
+    position.column.copy_(waves)
+    for module in reconstruction.modules():
+        if isinstance(module, Attention):
+            module.key.weight.copy_(module.query.weight)
+        elif isinstance(module, DecoderLayer):
+            module.query.mul_(0.02)

@@ -105,6 +105,8 @@ VARIANTS = {
     "no_ibfm": {"fusion": "none", "bottleneck": False},
     "modality_dropout": {"modality_dropout": 0.1},
     "two_layers": {"layers": 2, "fusion_layers": (1, 2)},
+    "local": {"attention_start": "local"},
+    "gated": {"condition_gate": "residual"},
 }
 
 
@@ -179,6 +181,33 @@ def test_object_aware_attention_modulates_queries_only():
     torch.testing.assert_close(query, (x + position) * condition)
     torch.testing.assert_close(key, x + position)
     torch.testing.assert_close(value, x)
+
+
+def test_residual_gate_starts_without_effect():
+    torch.manual_seed(0)
+    layer = EncoderLayer(tiny(condition_gate="residual").model).eval()
+    x, position, condition = torch.randn(2, 16, 16), torch.randn(16, 16), torch.randn(2, 16, 16)
+    assert torch.equal(layer(x, position, condition, None), layer(x, position, None, None))
+    queries = []
+    layer.attention.register_forward_hook(lambda module, args, output: queries.append(args[0]))
+    with torch.no_grad():
+        layer.modulate.gate.fill_(0.5)
+    layer(x, position, condition, None)
+    torch.testing.assert_close(queries[0], (x + position) * (1 + 0.5 * condition))
+
+
+@pytest.mark.parametrize("start", ["xavier", "local"])
+def test_where_attention_looks_at_first(start):
+    """Share of the memory attention of decoder queries that falls on the 7 x 7 cells around their own."""
+    config = dataclasses.replace(tiny(attention_start=start, dim=128), data=DataConfig(image_size=224))
+    network = build(config).reconstruction["rgb"]
+    attention, layer = network.decoder[0].memory_attention, network.decoder[0]
+    position = network.position()
+    query, key = attention.query(layer.query + position), attention.key(position)
+    scores = torch.einsum("qhe,khe->hqk", query.unflatten(1, (4, -1)), key.unflatten(1, (4, -1)))
+    weights = (scores / math.sqrt(32)).softmax(-1)
+    near = (weights * neighbour_mask(14, 7).logical_not()).sum(-1).mean()
+    assert near > 0.45 if start == "local" else near < 0.25  # evenly spread: 0.19
 
 
 def test_position_embedding_knows_row_and_column():

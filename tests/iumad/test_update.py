@@ -156,6 +156,20 @@ def test_pull_towards_old_weights():
     torch.testing.assert_close(model.embed["rgb"].weight.detach(), old + 0.95)
 
 
+def test_pull_follows_the_schedule_of_the_rate():
+    """Otherwise a rate that decays to zero leaves the old weights, whatever was learned."""
+    config = tiny(iuf=IUFConfig(lr=0.0, pull=0.2), train=TrainConfig(schedule="cosine"))
+    model, rule = after_base(config)
+    rule.begin_step(1, model, iterations=4)
+    old = model.embed["rgb"].weight.detach().clone()
+    with torch.no_grad():
+        model.embed["rgb"].weight.add_(1.0)
+    iterate(config, model, rule, [0, 1])
+    factors = [0.5 * (1 + math.cos(math.pi * done / 4)) for done in (1, 2)]
+    expected = old + (1 - 0.2 * factors[0]) * (1 - 0.2 * factors[1])
+    torch.testing.assert_close(model.embed["rgb"].weight.detach(), expected)
+
+
 def test_base_step_of_iuf_is_plain():
     weights = []
     for name in ("iuf", "plain"):

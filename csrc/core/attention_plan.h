@@ -68,7 +68,7 @@ inline AttentionPlan plan_attention(const CrossAttention& s, bool weights, const
   const int64_t row_bytes = limits.score_copies * (row_length<F>(plan.key_block) + 1) * int64_t(sizeof(F));
   const int64_t rows = limits.score_bytes / row_bytes;
   const int64_t blocks = parts(plan.chunk, rows < limits.min_rows ? limits.min_rows : rows);
-  plan.row_block = blocks > 0 ? round_up(parts(plan.chunk, blocks), P::kRowStep) : 0;
+  plan.row_block = blocks > 0 ? round_up(parts(plan.chunk, blocks), P::kTileRows) : 0;
   return plan;
 }
 

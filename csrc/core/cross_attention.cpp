@@ -17,7 +17,7 @@ AttentionPlan forward_plan(const CrossAttention& s) {
   return plan_attention<P>(s, s.weights != nullptr,
                            {.tasks = 16,
                             .min_chunk = 256,
-                            .max_chunk = 512,
+                            .max_chunk = 1024,
                             .one_pass_keys = 1024,
                             .key_block = 512,
                             .score_bytes = 40 * 1024,

@@ -13,8 +13,8 @@ namespace iumad::IUMAD_ISA {
 struct Bf16Pairs {
   using Compute = float;
   using Operand = BFloat16;
-  static constexpr int64_t kStep = 32,
-                           kRowStep = 32;  // the depth of a tile, and twice its rows and columns: multiply takes tiles 2 x 2
+  // The depth of a tile, and twice its rows and columns: multiply takes tiles 2 x 2.
+  static constexpr int64_t kStep = 32, kRowStep = 32, kTileRows = 32;
 
   struct Left {
     const BFloat16* data;

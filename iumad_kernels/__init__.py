@@ -1,8 +1,8 @@
 """High-performance kernels for vision state-space models and information-bottleneck anomaly detection.
 
 Each function is one op with several backends (C++ on the CPU, CUDA C++, Triton, plain PyTorch); :func:`backend_for`
-tells which one
-would run and why, :func:`backend` forces one.
+tells
+which one would run and why, :func:`backend` forces one.
 """
 
 import torch as _torch  # noqa: F401  (must be loaded before the compiled part, which resolves its symbols in it)
@@ -23,7 +23,9 @@ from iumad_kernels.ops.depthwise_conv2d import depthwise_conv2d
 from iumad_kernels.ops.fused_linear_kl import fused_linear_kl
 from iumad_kernels.ops.gaussian_bottleneck import gaussian_bottleneck
 from iumad_kernels.ops.kl_bottleneck import KLBottleneck, kl_bottleneck, kl_divergence
-from iumad_kernels.ops.selective_scan import selective_scan, selective_scan_2d, selective_state_update
+from iumad_kernels.ops.selective_scan import selective_scan
+from iumad_kernels.ops.selective_scan_2d import selective_scan_2d
+from iumad_kernels.ops.selective_state_update import selective_state_update
 from iumad_kernels.version import __version__
 
 build_info = _C.build_info

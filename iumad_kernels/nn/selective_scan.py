@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iumad_kernels.ops.selective_scan import directions, selective_scan, selective_scan_2d
+from iumad_kernels.ops.selective_scan import selective_scan
+from iumad_kernels.ops.selective_scan_2d import directions, selective_scan_2d
 
 
 class _Projected(nn.Module):

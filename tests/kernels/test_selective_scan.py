@@ -13,7 +13,7 @@ from torch import Tensor
 
 import iumad_kernels
 from iumad_kernels import _C, reference, selective_scan, selective_scan_2d, selective_state_update
-from iumad_kernels.ops.selective_scan import SCHEMES
+from iumad_kernels.ops.scan_arguments import SCHEMES
 from iumad_kernels.reference.selective_scan import scan_order
 
 ISAS = pytest.mark.parametrize("isa", _C.cpu_isas(), indirect=True)

@@ -45,6 +45,7 @@ class Case:
         None  # milliseconds that no implementation of the same arithmetic can beat
     )
     back_to_back: bool = False  # also time each contender alone, its data still in the caches
+    work: float | None = None  # floating-point operations counted for the rate that is printed
     memory: Sequence[str] = ()  # contenders whose peak memory is measured, each in a process of its own
     notes: list[str] = field(default_factory=list)
 
@@ -164,6 +165,8 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         row["ratio_to_floor"] = timing[OURS]["median_ms"] / row["floor_ms"]
         if case.back_to_back:
             row["ratio_to_floor_back_to_back"] = timing[OURS]["back_to_back_ms"] / row["floor_ms"]
+    if case.work is not None:
+        row["gflops"] = 1e-6 * case.work / timing[OURS]["median_ms"]
     return row
 
 
@@ -204,6 +207,8 @@ def print_row(row: dict[str, Any]) -> None:
             f"  {'floor':28s}{row['floor_ms']:10.3f} ms  ours is {row['ratio_to_floor']:.2f} times the floor"
             + (f", back to back {alone:.2f}" if alone else "")
         )
+    if "gflops" in row:
+        print(f"  {'rate':28s}{row['gflops']:10.0f} GFLOP/s")
     for note in row["notes"]:
         print(f"  note: {note}")
 

@@ -15,7 +15,7 @@ constexpr float kLargestScore = 24, kLargestValue = 0x1p60f;
 template <class P>
 AttentionPlan forward_plan(const CrossAttention& s) {
   return plan_attention<P>(s, s.weights != nullptr,
-                           {.tasks = 16,
+                           {.tasks = 8,
                             .min_chunk = 256,
                             .max_chunk = 1024,
                             .one_pass_keys = 1024,

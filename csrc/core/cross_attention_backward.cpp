@@ -8,7 +8,7 @@ namespace {
 template <class P>
 AttentionPlan backward_plan(const CrossAttention& s, bool weights) {
   return plan_attention<P>(s, weights,
-                           {.tasks = 16,
+                           {.tasks = 8,
                             .min_chunk = 256,
                             .max_chunk = 1 << 20,
                             .one_pass_keys = 384,

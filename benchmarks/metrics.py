@@ -20,9 +20,17 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from benchmarks.harness import Case
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = {
@@ -152,6 +160,29 @@ def reference(scores: np.ndarray, masks: np.ndarray) -> dict[str, float]:
         "p_ap": float(np.sum(np.diff(recall) * hits / (hits + alarms))),
         "aupro_30": float(np.trapezoid(y, x) / 0.3),
     }
+
+
+def cases() -> list[Case]:
+    """For ``pytest --benchmark``: AUPRO of 32 images, beside the tools that this environment has."""
+    from benchmarks.harness import OURS, Case
+
+    data = make_data(32, 256)
+    peers = {name: run for name, run in RUNNERS.items() if name in ("anomalib", "adeval") and find_spec(name)}
+
+    def build() -> dict[str, Callable[[], object]]:
+        tools = {OURS: run_iumad_aupro, **peers}
+        return {name: partial(aupro_of, run, *data) for name, run in tools.items()}
+
+    def aupro_of(run: Callable[..., dict[str, float]], scores: np.ndarray, masks: np.ndarray) -> np.ndarray:
+        return np.array([run(scores, masks)["aupro_30"]])
+
+    def expected() -> list[torch.Tensor]:
+        import torch
+
+        return [torch.tensor([reference(*data)["aupro_30"]], dtype=torch.float64)]
+
+    # adeval counts in 1000 bins
+    return [Case("AUPRO at 0.3, 32 images of 256 x 256", build, expected, tolerance=1e-2)]
 
 
 def measure(tool: str, images: int, size: int) -> dict[str, object]:

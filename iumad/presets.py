@@ -62,8 +62,8 @@ def small() -> Config:
         ),
         loss=LossConfig(reconstruction=1.0),
         train=TrainConfig(
-            epochs=120,
-            increment_epochs=80,
+            epochs=60,
+            increment_epochs=40,
             batch_size=4,
             lr=2e-3,
             schedule="cosine",

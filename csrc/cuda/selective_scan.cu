@@ -14,7 +14,7 @@ constexpr int kResident = (sizeof(typename G::F) == 8 ? 384 : 768) / G::kThreads
 
 template <class G>
 struct ForwardShared {
-  Work work;
+  Work<G, false> work;
   Pixels<G> pixels;
   SharedArray<typename G::F, 2 * G::kChannels * G::kPitch> tiles;  // u and delta; then z and out
   typename G::Row B, C;
@@ -75,10 +75,10 @@ __device__ void forward_tile(ForwardShared<G>& m, const SelectiveScan& s) {
     dtu[i] *= dt[i];
   }
 
-  const int64_t parameters = (tile.k * s.dim + b.channel) * s.states;
-  for (int64_t n0 = 0; n0 < s.states; n0 += G::kGroup) {
-    const int states = int(s.states - n0 < G::kGroup ? s.states - n0 : G::kGroup);
-    __syncthreads();  // the group before is done with its coefficients
+  for (int n0 = 0; n0 < int(s.states); n0 += G::kGroup) {
+    const int states = int(s.states) - n0 < G::kGroup ? int(s.states) - n0 : G::kGroup;
+    __syncthreads();                                                     // the group before is done with its coefficients
+    const int64_t parameters = (tile.k * s.dim + b.channel) * s.states;  // in the loop: no register carries it along
     load_per_channel<G>(m.A, static_cast<const F*>(s.A) + parameters, s, n0, states, b);
     load_state<G>(m.start, tile.first == 0 ? s.initial_state : s.last_state, s, tile.k, n0, states, b);
     load_projection<G>(m.B, m.constant_B, s, s.B, n0, states, m.pixels, tile, b);
@@ -93,11 +93,11 @@ __device__ void forward_tile(ForwardShared<G>& m, const SelectiveScan& s) {
     load_tile<G>(m.tiles, kOther, s, s.z, s.dim, m.pixels, tile, b);
     __syncthreads();
     F z[G::kItems];
-    m.tiles.load(me.at() + kOther, z);
+    m.tiles.load(Items<G>().at() + kOther, z);
 #pragma unroll
     for (int i = 0; i < G::kItems; ++i) y[i] *= z[i] * sigmoid(z[i]);
   }
-  m.tiles.store(me.at(), y);
+  m.tiles.store(Items<G>().at(), y);
   __syncthreads();
   store_tile<G>(m.tiles, 0, s, s.out, tile.k > b.k_begin, m.pixels, tile, b);
   __syncthreads();  // before the next tile takes over the shared memory
@@ -106,26 +106,19 @@ __device__ void forward_tile(ForwardShared<G>& m, const SelectiveScan& s) {
 template <class G>
 __global__ void __launch_bounds__(G::kThreads, kResident<G>) selective_scan_forward(const __grid_constant__ SelectiveScan s) {
   __shared__ ForwardShared<G> m;
-  const int64_t blocks = block_count<G>(s);
-  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-    if (threadIdx.x == 0) m.work.block.write() = channel_block<G>(s, block);
-    __syncthreads();
-    for (int64_t k = m.work.block.read().k_begin; k < m.work.block.read().k_end; ++k) {
-      if (threadIdx.x == 0) {
-        m.work.tile.write().start_direction(s, k);
-        m.work.tile.write().move_to(0, G::kTokens);
-      }
+  if (threadIdx.x == 0) m.work.start(s);
+  __syncthreads();
+  while (m.work.number.read() >= 0) {
+    for (;;) {  // at least one tile: an empty direction still hands its initial state on
+      forward_tile<G>(m, s);
+      const int64_t next = m.work.tile.read().first + G::kTokens;
+      const bool done = next >= m.work.tile.read().direction.length;
       __syncthreads();
-      for (;;) {  // at least one tile: an empty direction still hands its initial state on
-        forward_tile<G>(m, s);
-        const int64_t next = m.work.tile.read().first + G::kTokens;
-        const bool done = next >= m.work.tile.read().direction.length;
-        __syncthreads();
-        if (done) break;
-        if (threadIdx.x == 0) m.work.tile.write().move_to(next, G::kTokens);
-        __syncthreads();
-      }
+      if (done) break;
+      if (threadIdx.x == 0) m.work.tile.write().move_to(next, G::kTokens);
+      __syncthreads();
     }
+    if (threadIdx.x == 0) m.work.next_direction(s);
     __syncthreads();
   }
 }

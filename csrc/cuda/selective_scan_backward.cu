@@ -17,7 +17,7 @@ struct BackwardShared {
   using F = typename G::F;
   // Two tiles, or the warps' sums over their channels [warp][B, C][state][token], never both at once.
   static constexpr int kTile = G::kChannels * G::kPitch, kSums = G::kWarps * 2 * G::kGroup * G::kPitch;
-  Work work;
+  Work<G, true> work;
   Pixels<G> pixels;
   SharedArray<F, (2 * kTile > kSums ? 2 * kTile : kSums)> scratch;
   typename G::Row B, C;
@@ -144,7 +144,7 @@ __device__ void store_projection(const BackwardShared<G>& m, const SelectiveScan
   const ChannelBlock& b = m.work.block.read();
   const int64_t slice = ((b.part * s.batch + b.batch) * s.order.directions() + tile.k) * s.groups + b.group;
   F* out = static_cast<F*>(partial) + (slice * s.order.max_length() + tile.first) * s.states + n0;
-  for (int i = threadIdx.x; i < tile.count * states; i += G::kThreads) {
+  for (int i = thread_index(); i < tile.count * states; i += G::kThreads) {
     const int t = i / states, n = i % states;
     F sum = 0;
     for (int warp = 0; warp < G::kWarps; ++warp)
@@ -156,11 +156,11 @@ __device__ void store_projection(const BackwardShared<G>& m, const SelectiveScan
 // The states [n0, n0 + kGroup) of a tile.
 template <class G, bool kGate>
 __device__ void backward_group(BackwardShared<G>& m, const SelectiveScan& s, const SelectiveScanGradients& d, BackwardItems<G>& t,
-                               bool last_tile, int64_t n0) {
+                               bool last_tile, int n0) {
   using F = typename G::F;
   const Tile& tile = m.work.tile.read();
   const ChannelBlock& b = m.work.block.read();
-  const int states = int(s.states - n0 < G::kGroup ? s.states - n0 : G::kGroup);
+  const int states = int(s.states) - n0 < G::kGroup ? int(s.states) - n0 : G::kGroup;
   const int64_t parameters = (tile.k * s.dim + b.channel) * s.states;
   const int64_t partial = ((b.batch * s.order.directions() + tile.k) * s.dim + b.channel) * s.states;
   StateView saved{s.tile_states, sizeof(F) == 8 ? DType::kFloat64 : DType::kFloat32, 0, 0, 1, s.dim};
@@ -223,7 +223,7 @@ __device__ void backward_tile(BackwardShared<G>& m, const SelectiveScan& s, cons
     for (int i = 0; i < kItems; ++i) t.dy[i] *= z[i] * sigmoid(z[i]);
   }
   __syncthreads();
-  for (int64_t n0 = 0; n0 < s.states; n0 += G::kGroup) backward_group<G, kGate>(m, s, d, t, last_tile, n0);
+  for (int n0 = 0; n0 < int(s.states); n0 += G::kGroup) backward_group<G, kGate>(m, s, d, t, last_tile, n0);
 
   const F skip = t.skip(s, tile, b);
   const bool again = tile.k > b.k_begin;  // an earlier direction has written these pixels
@@ -266,36 +266,29 @@ __global__ void __launch_bounds__(G::kThreads, kResident<G>)
     selective_scan_backward_kernel(const __grid_constant__ SelectiveScan s, const __grid_constant__ SelectiveScanGradients d) {
   using F = typename G::F;
   __shared__ BackwardShared<G> m;
-  const int64_t blocks = block_count<G>(s);
-  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-    if (threadIdx.x == 0) m.work.block.write() = channel_block<G>(s, block);
-    __syncthreads();
-    const ChannelBlock& b = m.work.block.read();
-    for (int64_t k = b.k_begin; k < b.k_end; ++k) {
-      if (threadIdx.x == 0) {
-        Tile& tile = m.work.tile.write();
-        tile.start_direction(s, k);
-        tile.move_to(tile.direction.length > 0 ? (tile.direction.length - 1) / G::kTokens * G::kTokens : 0, G::kTokens);
-      }
+  if (threadIdx.x == 0) m.work.start(s);
+  __syncthreads();
+  while (m.work.number.read() >= 0) {
+    F dD = 0, dbias = 0;
+    for (bool last_tile = true;; last_tile = false) {
+      backward_tile<G, kGate>(m, s, d, last_tile, &dD, &dbias);
+      const int64_t next = m.work.tile.read().first - G::kTokens;
       __syncthreads();
-      F dD = 0, dbias = 0;
-      for (bool last_tile = true;; last_tile = false) {
-        backward_tile<G, kGate>(m, s, d, last_tile, &dD, &dbias);
-        const int64_t next = m.work.tile.read().first - G::kTokens;
-        __syncthreads();
-        if (next < 0) break;
-        if (threadIdx.x == 0) m.work.tile.write().move_to(next, G::kTokens);
-        __syncthreads();
-      }
-      dD = sum_lanes<G>(dD);
-      dbias = sum_lanes<G>(dbias);
-      const int c = threadIdx.x / G::kLanes;
-      if (threadIdx.x % G::kLanes == 0 && c < b.channels) {
-        const int64_t i = (b.batch * s.order.directions() + k) * s.dim + b.channel + c;
-        if (d.D) static_cast<F*>(d.D)[i] = dD;
-        if (d.delta_bias) static_cast<F*>(d.delta_bias)[i] = dbias;
-      }
+      if (next < 0) break;
+      if (threadIdx.x == 0) m.work.tile.write().move_to(next, G::kTokens);
+      __syncthreads();
     }
+    dD = sum_lanes<G>(dD);
+    dbias = sum_lanes<G>(dbias);
+    const ChannelBlock& b = m.work.block.read();
+    const int c = threadIdx.x / G::kLanes;
+    if (threadIdx.x % G::kLanes == 0 && c < b.channels) {
+      const int64_t i = (b.batch * s.order.directions() + m.work.tile.read().k) * s.dim + b.channel + c;
+      if (d.D) static_cast<F*>(d.D)[i] = dD;
+      if (d.delta_bias) static_cast<F*>(d.delta_bias)[i] = dbias;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) m.work.next_direction(s);
     __syncthreads();
   }
 }

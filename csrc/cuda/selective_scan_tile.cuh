@@ -17,6 +17,17 @@ namespace iumad::cuda {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
+// threadIdx.x, read anew: what follows from it is not kept in registers from one loop over a tile to the next.
+__device__ inline int thread_index() {
+#if defined(IUMAD_CUDA_EMULATION)
+  return threadIdx.x;
+#else
+  int i;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i));
+  return i;
+#endif
+}
+
 template <class Float, int kLanesPerChannel, int kThreadsPerBlock, int kStatesPerGroup>
 struct Geometry {
   using F = Float;
@@ -84,11 +95,6 @@ struct Tile {
   int64_t k, first;
   int count;
 
-  __device__ void start_direction(const SelectiveScan& s, int64_t number) {
-    direction = s.order.direction(number);
-    k = number;
-    first = 0;
-  }
   __device__ void move_to(int64_t token, int tokens) {
     const int64_t left = direction.length - token;
     first = token;
@@ -96,11 +102,36 @@ struct Tile {
   }
 };
 
-// What all threads of a block know about their work. It lives in shared memory, where it costs no registers: thread 0 writes it
-// between two barriers.
+// What all threads of a block know about their work: a direction of a block of channels, and a tile of it. It lives in shared
+// memory, where it costs no registers: thread 0 writes it between two barriers.
+template <class G, bool kFromEnd>
 struct Work {
+  SharedObject<int64_t> number;  // of the block of channels; -1: no more work
   SharedObject<ChannelBlock> block;
   SharedObject<Tile> tile;
+
+  // The grid is at most as large as the number of blocks: there is a first one for everybody.
+  __device__ void start(const SelectiveScan& s) { start_block(s, blockIdx.x); }
+
+  __device__ void next_direction(const SelectiveScan& s) {
+    if (tile.read().k + 1 < block.read().k_end) return start_direction(s, tile.read().k + 1);
+    const int64_t next = number.read() + gridDim.x;
+    if (next < block_count<G>(s)) return start_block(s, next);
+    number.write() = -1;
+  }
+
+ private:
+  __device__ void start_block(const SelectiveScan& s, int64_t i) {
+    number.write() = i;
+    block.write() = channel_block<G>(s, i);
+    start_direction(s, block.read().k_begin);
+  }
+  __device__ void start_direction(const SelectiveScan& s, int64_t k) {
+    Tile& t = tile.write();
+    t.direction = s.order.direction(k);
+    t.k = k;
+    t.move_to(kFromEnd && t.direction.length > 0 ? (t.direction.length - 1) / G::kTokens * G::kTokens : 0, G::kTokens);
+  }
 };
 
 template <class G>
@@ -108,7 +139,7 @@ struct Pixels {
   SharedArray<int64_t, G::kTokens> row, column;
 
   __device__ void locate(const Tile& tile) {
-    for (int t = threadIdx.x; t < G::kTokens; t += G::kThreads) {
+    for (int t = thread_index(); t < G::kTokens; t += G::kThreads) {
       int64_t r = 0, c = 0;
       if (t < tile.count) tile.direction.pixel(tile.first + t, &r, &c);
       row.put(t, r);
@@ -162,7 +193,7 @@ __device__ void move_tile(Shared& shared, int base, const SelectiveScan& s, cons
   const auto real = [](int count, int first) { return count - first < 0 ? 0 : count - first < V ? count - first : V; };
   if (G::kChannels % V == 0 && view.channel == 1 && rows == s.dim) {
     constexpr int kVectors = G::kChannels % V == 0 ? G::kChannels / V : 1;
-    for (int i = threadIdx.x; i < G::kTokens * kVectors; i += G::kThreads) {
+    for (int i = thread_index(); i < G::kTokens * kVectors; i += G::kThreads) {
       const int t = i / kVectors, c = i % kVectors * V;
       const bool inside = t < tile.count && c < b.channels;
       T* p = inside ? data + b.channel + c + pixels.offset(view, t) : nullptr;
@@ -173,7 +204,7 @@ __device__ void move_tile(Shared& shared, int base, const SelectiveScan& s, cons
   }
   constexpr int kVectors = G::kTokens / V;
   const int64_t unit = tile.direction.inner_row * view.row + tile.direction.inner_column * view.column;
-  for (int i = threadIdx.x; i < G::kChannels * kVectors; i += G::kThreads) {
+  for (int i = thread_index(); i < G::kChannels * kVectors; i += G::kThreads) {
     const int c = i / kVectors, t = i % kVectors * V;
     const bool inside = c < b.channels && t < tile.count;
     const int n = inside ? real(tile.count, t) : 0;
@@ -216,7 +247,7 @@ __device__ void store_tile(Shared& shared, int base, const SelectiveScan& s, con
 template <class G>
 __device__ void load_per_channel(typename G::PerChannel& out, const typename G::F* data, const SelectiveScan& s, int64_t n0,
                                  int states, const ChannelBlock& b) {
-  for (int i = threadIdx.x; i < G::kGroup * G::kChannels; i += G::kThreads) {
+  for (int i = thread_index(); i < G::kGroup * G::kChannels; i += G::kThreads) {
     const int c = i / G::kGroup, n = i % G::kGroup;
     out.put(n * G::kChannels + c, data && c < b.channels && n < states ? data[c * s.states + n0 + n] : 0);
   }
@@ -224,7 +255,7 @@ __device__ void load_per_channel(typename G::PerChannel& out, const typename G::
 template <class G>
 __device__ void store_per_channel(const typename G::PerChannel& in, typename G::F* data, bool accumulate, const SelectiveScan& s,
                                   int64_t n0, int states, const ChannelBlock& b) {
-  for (int i = threadIdx.x; i < G::kGroup * G::kChannels; i += G::kThreads) {
+  for (int i = thread_index(); i < G::kGroup * G::kChannels; i += G::kThreads) {
     const int c = i / G::kGroup, n = i % G::kGroup;
     if (c >= b.channels || n >= states) continue;
     typename G::F* p = data + c * s.states + n0 + n;
@@ -244,7 +275,7 @@ __device__ void load_projection(typename G::Row& row, typename G::PerChannel& co
   }
   constexpr int V = Vector<F>::kItems < G::kGroup ? Vector<F>::kItems : G::kGroup, kVectors = G::kGroup / V;
   const F* data = static_cast<const F*>(v.data) + b.batch * v.batch + tile.k * v.direction + b.group * v.group + n0;
-  for (int i = threadIdx.x; i < G::kTokens * kVectors; i += G::kThreads) {
+  for (int i = thread_index(); i < G::kTokens * kVectors; i += G::kThreads) {
     const int t = i / kVectors, n = i % kVectors * V;
     const bool inside = t < tile.count && n < states;
     const F* p = inside ? data + n + pixels.row[t] * v.row + pixels.column[t] * v.column : nullptr;
@@ -267,7 +298,7 @@ __device__ void load_state(typename G::PerChannel& out, const StateView& v, cons
   if (v.data == nullptr) return load_per_channel<G>(out, nullptr, s, n0, states, b);
   visit<typename G::F>(v.dtype, [&](auto* null) {
     const auto* data = static_cast<decltype(null)>(v.data) + b.batch * v.batch + k * v.direction;
-    for (int i = threadIdx.x; i < G::kGroup * G::kChannels; i += G::kThreads) {
+    for (int i = thread_index(); i < G::kGroup * G::kChannels; i += G::kThreads) {
       const int c = i / G::kGroup, n = i % G::kGroup;
       const bool real = c < b.channels && n < states;
       out.put(n * G::kChannels + c, real ? to_compute(data[(b.channel + c) * v.channel + (n0 + n) * v.state]) : 0);
@@ -279,7 +310,7 @@ __device__ void store_state(const typename G::PerChannel& in, const StateView& v
                             const ChannelBlock& b) {
   visit<typename G::F>(v.dtype, [&](auto* null) {
     auto* data = static_cast<decltype(null)>(v.data) + b.batch * v.batch + k * v.direction;
-    for (int i = threadIdx.x; i < G::kGroup * G::kChannels; i += G::kThreads) {
+    for (int i = thread_index(); i < G::kGroup * G::kChannels; i += G::kThreads) {
       const int c = i / G::kGroup, n = i % G::kGroup;
       if (c >= b.channels || n >= states) continue;
       from_compute(in[n * G::kChannels + c], data + (b.channel + c) * v.channel + (n0 + n) * v.state);
@@ -291,7 +322,7 @@ __device__ void store_state(const typename G::PerChannel& in, const StateView& v
 template <class G>
 struct Items {
   using F = typename G::F;
-  int channel = threadIdx.x / G::kLanes, lane = threadIdx.x % G::kLanes;
+  int channel = thread_index() / G::kLanes, lane = thread_index() % G::kLanes;
   int first = lane * G::kItems;  // token of the tile
 
   __device__ int at() const { return channel * G::kPitch + G::position(first); }  // in a tile

@@ -1,7 +1,11 @@
-"""Times the selective scan on a GPU beside the model of docs/cuda.md: ``python benchmarks/gpu.py [--json FILE]``.
+"""Times every op's GPU kernels beside the model of docs/gpu.md.
 
-Device events, median of 50 after 10 warm-ups, results checked against float64 first. mamba-ssm is timed where it is installed.
-The floors are those of the model: bytes over the bandwidth and instructions over the issue rate of the GPU found.
+    python benchmarks/gpu.py [--json FILE] [--filter TEXT]   # on a GPU: measure, print the table, write it
+    python benchmarks/gpu.py --all                           # the day a GPU is at hand: build with CUDA, run the GPU tests, then this
+    python benchmarks/gpu.py --model                         # the table without measurements; needs no GPU
+
+Device events, median of 50 after 10 warm-ups. What is measured is checked first against the float64 definition on the first
+image. Peers (mamba-ssm, causal-conv1d, flash-attn, Liger) are timed where they are installed. Backward is timed alone, on a graph that is kept.
 """
 
 from __future__ import annotations
@@ -9,28 +13,148 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import iumad_kernels
-from iumad_kernels import reference
+try:
+    import gpu_model as model
+except ImportError:  # collected by pytest
+    from benchmarks import gpu_model as model
 
-# name -> bandwidth in bytes/s, multiprocessors * clock (data sheets)
-GPUS = {"H100": (3.35e12, 132 * 1.7e9), "A100": (2.0e12, 108 * 1.41e9)}
-N = 16
-# name: batch, channels, rows, columns; None: a sequence
-SHAPES = {
-    "project, es2d 14x14": (6, 512, 14, 14),
-    "es2d 56x56": (32, 192, 56, 56),
-    "sequence 2048": (8, 1024, None, 2048),
-}
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks/results/gpu.json"
+NO_GPU = "benchmarks/gpu.py: torch finds no GPU here"
+Run = Callable[..., Any]
 
 
-def median(function: Callable[[], object]) -> float:
-    """Microseconds."""
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """An op at one shape: its inputs (on a device), the public function and its definition, the model's work, peers by name."""
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    inputs: Callable[[], dict[str, Tensor]]
+    flags: dict[str, Any] = field(default_factory=dict)
+    work: tuple[model.Work, model.Work]  # forward, backward
+    peers: dict[str, Callable[[dict[str, Tensor]], Run]] = field(default_factory=dict)
+
+
+def _noise(dtype: torch.dtype, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+
+
+def _scan(dtype: torch.dtype, batch: int, dim: int, *pixels: int) -> dict[str, Tensor]:
+    grid = _noise(dtype, u=(batch, dim, *pixels), delta=(batch, dim, *pixels))
+    projections = _noise(torch.float32, B=(batch, 16, *pixels), C=(batch, 16, *pixels), D=(dim,))
+    A = _noise(torch.float32, A=(dim, 16))["A"]
+    return {"u": grid["u"], "delta": grid["delta"].abs(), "A": -A.abs(), **projections}
+
+
+def _bottleneck(dtype: torch.dtype) -> dict[str, Tensor]:
+    given = _noise(dtype, fused_logits=(64, 32000), bottleneck_logits=(64, 32000))
+    return {**given, "labels": torch.zeros(given["fused_logits"].shape[0], dtype=torch.int64)}
+
+
+def _mamba(given: dict[str, Tensor]) -> Run:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return partial(selective_scan_fn, *(given[name] for name in ("u", "delta", "A", "B", "C", "D")))
+
+
+def _package_conv(given: dict[str, Tensor]) -> Run:
+    from causal_conv1d import causal_conv1d_fn
+
+    return partial(causal_conv1d_fn, given["x"], given["weight"], given["bias"], activation="silu")
+
+
+def _flash(given: dict[str, Tensor]) -> Run:
+    from flash_attn import flash_attn_func
+
+    if given["query"].dtype == torch.float32:
+        raise ImportError("flash-attn has no float32")
+    q, k, v = (given[name].transpose(1, 2) for name in ("query", "key", "value"))
+    return partial(flash_attn_func, q, k, v)
+
+
+def _liger(given: dict[str, Tensor]) -> Run:
+    from liger_kernel.transformers import LigerKLDIVLoss
+
+    loss = LigerKLDIVLoss(reduction="batchmean", log_target=True)
+    q, p = given["student_logits"], given["teacher_logits"]
+    return lambda: loss(q.log_softmax(-1), p.log_softmax(-1))
+
+
+def cases() -> Iterator[Case]:
+    """The shapes of the model: the project's, and larger ones that fill a GPU."""
+    for dtype in (torch.float32, torch.bfloat16):
+        size = dtype.itemsize
+        for batch, dim, *pixels in ((6, 512, 14, 14), (32, 192, 56, 56), (8, 1024, 2048)):
+            yield Case(
+                op="selective_scan_2d" if len(pixels) == 2 else "selective_scan",
+                shape=f"{(batch, dim, *pixels)} N 16", dtype=dtype, inputs=partial(_scan, dtype, batch, dim, *pixels),
+                work=model.selective_scan(batch, dim, torch.Size(pixels).numel(), 16, size),
+                peers={} if len(pixels) == 2 else {"mamba-ssm": _mamba},
+            )  # fmt: skip
+        for batch, heads, tokens, dim in ((6, 8, 196, 32), (8, 16, 2048, 64)):
+            shape = (batch, heads, tokens, dim)
+            yield Case(
+                op="cross_attention", shape=f"{shape}", dtype=dtype,
+                inputs=partial(_noise, dtype, query=shape, key=shape, value=shape),
+                work=model.cross_attention(batch, heads, tokens, tokens, dim, size), peers={"flash-attn": _flash},
+            )  # fmt: skip
+        yield Case(
+            op="kl_divergence", shape="(64, 32000)", dtype=dtype,
+            inputs=partial(_noise, dtype, student_logits=(64, 32000), teacher_logits=(64, 32000)),
+            work=model.kl_bottleneck(64, 32000, size, labels=False), peers={"Liger": _liger},
+        )  # fmt: skip
+        yield Case(
+            op="kl_bottleneck", shape="(64, 32000), labels", dtype=dtype, inputs=partial(_bottleneck, dtype),
+            work=model.kl_bottleneck(64, 32000, size, labels=True),
+        )  # fmt: skip
+        yield Case(
+            op="gaussian_bottleneck", shape="(4096, 768)", dtype=dtype, flags={"seed": 7},
+            inputs=partial(_noise, dtype, mu=(4096, 768), logvar=(4096, 768)),
+            work=model.gaussian_bottleneck(4096, 768, size),
+        )  # fmt: skip
+        for batch, channels, side, kernel in ((6, 1024, 14, 3), (32, 192, 56, 3), (32, 192, 56, 5)):
+            shape = (batch, side, side, channels)
+            yield Case(
+                op="depthwise_conv2d", shape=f"{(batch, channels, side, side)} {kernel}x{kernel}", dtype=dtype,
+                inputs=partial(_channels_last, dtype, "weight", x=shape, weight=(channels, 1, kernel, kernel), bias=(channels,)),
+                flags={"activation": "silu"},
+                work=model.depthwise_conv2d(batch * channels * side * side, kernel * kernel, size),
+            )  # fmt: skip
+        yield Case(
+            op="causal_conv1d", shape="(8, 1024, 2048) width 4", dtype=dtype, flags={"activation": "silu"},
+            inputs=partial(_noise, dtype, x=(8, 1024, 2048), weight=(1024, 4), bias=(1024,)),
+            work=model.depthwise_conv2d(8 * 1024 * 2048, 4, size), peers={"causal-conv1d": _package_conv},
+        )  # fmt: skip
+        yield Case(
+            op="anomaly_map", shape="(6, 272, 14, 14) to 224", dtype=dtype, flags={"size": 224, "sigma": 4.0},
+            inputs=partial(_channels_last, dtype, "", features=(6, 14, 14, 272), reference=(6, 14, 14, 272)),
+            work=model.anomaly_map(6, 272, 196, 224 * 224, size),
+        )  # fmt: skip
+
+
+def _channels_last(dtype: torch.dtype, plain: str, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    """Images given as (batch, rows, columns, channels), seen as (batch, channels, rows, columns); ``plain`` stays as it is."""
+    return {
+        name: t.permute(0, 3, 1, 2) if t.dim() == 4 and name != plain else t
+        for name, t in _noise(dtype, **shapes).items()
+    }
+
+
+def median_us(function: Run) -> float:
+    """Of a call, by device events."""
     times = []
     for repeat in range(60):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -43,80 +167,164 @@ def median(function: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def inputs(shape: tuple[int, int, int | None, int], dtype: torch.dtype) -> dict[str, Tensor]:
-    batch, dim, rows, columns = shape
-    pixels = (columns,) if rows is None else (rows, columns)
-    arguments = {
-        "u": torch.randn(batch, dim, *pixels, dtype=dtype),
-        "delta": torch.rand(batch, dim, *pixels, dtype=dtype),
-        "A": -torch.rand(dim, N),
-        "B": torch.randn(batch, N, *pixels),
-        "C": torch.randn(batch, N, *pixels),
-        "D": torch.randn(dim),
-    }
-    return {name: t.cuda().requires_grad_() for name, t in arguments.items()}
+def time_both(function: Run, leaves: list[Tensor], clock: Callable[[Run], float]) -> tuple[float, float]:
+    """Microseconds of a forward without gradients, and of the backward alone."""
+    with torch.no_grad():
+        forward = clock(function)
+    outputs = function()
+    outputs = [t for t in (outputs if isinstance(outputs, tuple) else (outputs,)) if t.requires_grad]
+    grads = [torch.randn_like(t) for t in outputs]
+    backward = clock(
+        lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True, allow_unused=True)
+    )
+    return forward, backward
 
 
-def measure(name: str, dtype: torch.dtype, bandwidth: float, clock: float) -> dict[str, object]:
-    shape = SHAPES[name]
-    op = "selective_scan" if shape[2] is None else "selective_scan_2d"
-    function, arguments = getattr(iumad_kernels, op), inputs(shape, dtype)
-    few = {
-        k: t.detach()[:1].double() if k in ["u", "delta", "B", "C"] else t.detach().double()
-        for k, t in arguments.items()
-    }
-    expected, got = getattr(reference, op)(**few), function(**arguments).detach()[:1]
-    error = ((got.double() - expected).norm() / expected.norm()).item()
-    assert error < (2e-6 if dtype == torch.float32 else 5e-3), f"{name}: wrong by {error}"
+def error(case: Case, given: dict[str, Tensor], function: Run) -> float:
+    """RMS ratio of the first output to the float64 definition, on the first two images or rows."""
+    from iumad_kernels import reference
 
-    tokens, size = arguments["u"].numel(), arguments["u"].element_size()
-    grad, leaves = torch.randn_like(arguments["u"]), list(arguments.values())
+    few = {name: t.detach()[:2] if name in _BATCHED else t.detach() for name, t in given.items()}
+    wide = {name: t.double() if t.is_floating_point() else t for name, t in few.items()}
+    results = getattr(reference, case.op)(**wide, **case.flags), function(**few, **case.flags)
+    want, got = (t[0] if isinstance(t, tuple) else t for t in results)
+    return ((got.double() - want).norm() / want.norm()).item()
 
-    def both(forward: Callable[[], Tensor]) -> float:
-        return median(lambda: torch.autograd.grad(forward(), leaves, grad))
 
-    row: dict[str, object] = {
-        "shape": name,
-        "dtype": str(dtype),
-        "backend": iumad_kernels.backend_for(op, "cuda").backend,
-        "error": error,
-        "forward floor us": 1e6 * tokens * max((3 * size + 5) / bandwidth, N * 10 / 128 / clock),
-        "forward us": median(lambda: function(**{k: t.detach() for k, t in arguments.items()})),
-        "backward floor us": 1e6 * tokens * max((5 * size + 9) / bandwidth, N * 27 / 128 / clock),
-        "forward + backward us": both(lambda: function(**arguments)),
-    }
-    if shape[2] is None:
+_BATCHED = frozenset(
+    "u delta B C query key value student_logits teacher_logits fused_logits bottleneck_logits labels mu logvar x features"
+    " reference".split()
+)
+
+
+def measure(case: Case, device: str, clock: Callable[[Run], float]) -> list[dict[str, Any]]:
+    """A row of the table for the forward and one for the backward pass."""
+    import iumad_kernels
+
+    function = getattr(iumad_kernels, case.op)
+    given = {name: t.to(device) for name, t in case.inputs().items()}
+    leaves = [t.requires_grad_() for t in given.values() if t.is_floating_point()]
+    found = error(case, given, function)
+    allowed = 1e-5 if case.dtype == torch.float32 else 1e-2
+    if not found <= allowed:
+        raise AssertionError(
+            f"{case.op} {case.shape} {case.dtype}: off by {found:.1e}, allowed {allowed:.0e}"
+        )
+    backend = iumad_kernels.backend_for(case.op, device).backend
+    # Forced, so that causal_conv1d does not hand over to the package it is compared with.
+    with iumad_kernels.backend(backend):
+        ours = time_both(partial(function, **given, **case.flags), leaves, clock)
+    peers: dict[str, tuple[float, float] | str] = {}
+    for name, build in case.peers.items():
         try:
-            from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-        except ImportError:
-            row["mamba-ssm"] = "not installed"
-        else:
-            with torch.no_grad():
-                row["mamba-ssm forward us"] = median(lambda: selective_scan_fn(*leaves))
-            row["mamba-ssm forward + backward us"] = both(lambda: selective_scan_fn(*leaves))
-    return row
+            peers[name] = time_both(build(given), leaves, clock)
+        except ImportError as reason:
+            peers[name] = f"not timed: {reason}"
+    rows = model_rows(case)
+    for i, row in enumerate(rows):
+        row |= {"backend": backend, "error": found, "measured_us": ours[i]}
+        row["peers_us"] = {name: t if isinstance(t, str) else t[i] for name, t in peers.items()}
+    return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+def model_rows(case: Case) -> list[dict[str, Any]]:
+    """What the model says of a case, on every GPU it knows."""
+    rows = []
+    for direction, work in zip(("forward", "backward"), case.work):
+        row: dict[str, Any] = {"op": case.op, "direction": direction, "shape": case.shape}
+        row |= {"dtype": str(case.dtype).removeprefix("torch."), "megabytes": work.bytes / 1e6}
+        for name, gpu in model.GPUS.items():
+            floor, predicted = work.floor_us(gpu), work.predicted_us(gpu)
+            row[name] = {
+                "floor_us": floor,
+                "predicted_us": predicted,
+                "predicted_fraction": floor / predicted,
+            }
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, Any]], gpu: str | None) -> str:
+    """Markdown: the model, and beside it what was measured on ``gpu`` (None: nothing was)."""
+    header = [
+        "kernel",
+        "shape",
+        "MB",
+        "floor H100 / A100, us",
+        "predicted H100 / A100, us",
+        "of the floor, %",
+    ]
+    if gpu:
+        header += ["measured, us", f"of the floor ({gpu}), %", "peers, us"]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        h100, a100 = row["H100"], row["A100"]
+        cells = [
+            f"{row['op']} {row['direction']}, {row['dtype']}", row["shape"], f"{row['megabytes']:.3g}",
+            f"{h100['floor_us']:.3g} / {a100['floor_us']:.3g}", f"{h100['predicted_us']:.3g} / {a100['predicted_us']:.3g}",
+            f"{100 * h100['predicted_fraction']:.0f} / {100 * a100['predicted_fraction']:.0f}",
+        ]  # fmt: skip
+        if gpu:
+            peers = (
+                f"{name} {t if isinstance(t, str) else f'{t:.3g}'}" for name, t in row["peers_us"].items()
+            )
+            measured = row["measured_us"]
+            cells += [f"{measured:.3g}", f"{100 * row[gpu]['floor_us'] / measured:.0f}", "; ".join(peers)]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def everything() -> list[list[str]]:
+    """The commands of the day a GPU is at hand, in order."""
+    python = sys.executable
+    tests = ["tests/kernels/test_gpu.py", "tests/kernels/test_gpu_dispatch.py"]
+    tests += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests/kernels").glob("test_triton_*.py"))
+    return [
+        [str(ROOT / "scripts/dev_build"), "-DIUMAD_CUDA=on"],
+        [python, str(ROOT / "scripts/cuda_budget")],
+        [python, "-m", "pytest", "-q", *tests],
+        [python, str(Path(__file__)), "--json", str(RESULT)],
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, measure, print; 1 where there is no GPU."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--filter", default="", help="only ops whose name contains this")
+    parser.add_argument(
+        "--all", action="store_true", help="build with CUDA, run the GPU tests, measure, write " + RESULT.name
+    )
+    parser.add_argument("--model", action="store_true", help="print the model's table only; needs no GPU")
+    options = parser.parse_args(argv)
+    chosen = [case for case in cases() if options.filter in case.op]
+    if options.model:
+        print(table([row for case in chosen for row in model_rows(case)], None))
+        return 0
     if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/gpu.py: torch finds no GPU here")
+        print(NO_GPU, file=sys.stderr)
+        return 1
+    if options.all:
+        for command in everything():
+            print("$", *command, flush=True)
+            if code := subprocess.run(command, cwd=ROOT).returncode:
+                return code
+        return 0
     device = torch.cuda.get_device_name()
-    known = next((name for name in GPUS if name in device), None)
+    known = next((name for name in model.GPUS if name in device), None)
     if known is None:
         print(f"floors are those of an A100: no data sheet for {device} here")
-    bandwidth, clock = GPUS[known or "A100"]
-    rows = [
-        measure(name, dtype, bandwidth, clock) for name in SHAPES for dtype in (torch.float32, torch.bfloat16)
-    ]
-    for row in rows:
-        print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    rows = [row for case in chosen for row in measure(case, "cuda", median_us)]
+    print(table(rows, known or "A100"))
     if options.json:
         result = {"gpu": device, "torch": torch.__version__, "cuda": torch.version.cuda, "rows": rows}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main())

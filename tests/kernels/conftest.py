@@ -38,48 +38,51 @@ def error(got: Tensor, want: Tensor) -> float:
     return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
 
 
-@pytest.fixture
-def agree(triton_device: torch.device) -> Callable[..., None]:
-    """agree(op, reference, **tensors): values and gradients of op are as close to the float64 reference as they must be.
+Outputs = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+
+
+def _outputs(f: Callable[..., Any], given: dict[str, Any]) -> Outputs:
+    result = f(**given)
+    result = result if isinstance(result, tuple) else (result,)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(r.shape, generator=generator).to(r) for r in result]
+    leaves = [t for t in given.values() if isinstance(t, Tensor) and t.requires_grad]
+    used = [(r, g) for r, g in zip(result, grads) if r.requires_grad]
+    if not leaves or not used:
+        return result, ()
+    found = torch.autograd.grad(
+        [r for r, _ in used], leaves, [g for _, g in used], allow_unused=True, materialize_grads=True
+    )
+    return result, found
+
+
+def _convert(t: Any, dtype: torch.dtype | None, device: torch.device) -> Any:
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        return t.to(device) if isinstance(t, Tensor) else t
+    # The whole storage moves, and the strides stay: they are part of the test.
+    storage = t.detach().as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
+    moved = storage.to(device, dtype or t.dtype, copy=True)
+    return moved.as_strided(t.shape, t.stride(), t.storage_offset()).requires_grad_(t.requires_grad)
+
+
+def agreement(device: torch.device, *, interpreted: bool = False) -> Callable[..., None]:
+    """agree(op, reference, **tensors): values and gradients of op on the device are as close to float64 as they must be.
 
     float32: 2e-6 forward, 1e-5 gradients. 16-bit: at most 2 and 3 times the error of the reference at that dtype; twice that for
     bfloat16 in the interpreter, which cuts off the digits that a GPU rounds. What is no floating tensor is passed through.
     """
-    interpreted = triton_device.type == "cpu"
-
-    def outputs(
-        f: Callable[..., Any], given: dict[str, Any]
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        result = f(**given)
-        result = result if isinstance(result, tuple) else (result,)
-        generator = torch.Generator().manual_seed(1)
-        grads = [torch.randn(r.shape, generator=generator).to(r) for r in result]
-        leaves = [t for t in given.values() if isinstance(t, Tensor) and t.requires_grad]
-        used = [(r, g) for r, g in zip(result, grads) if r.requires_grad]
-        if not leaves or not used:
-            return result, ()
-        found = torch.autograd.grad(
-            [r for r, _ in used], leaves, [g for _, g in used], allow_unused=True, materialize_grads=True
-        )
-        return result, found
-
-    def convert(t: Any, dtype: torch.dtype | None, device: torch.device) -> Any:
-        if not isinstance(t, Tensor) or not t.is_floating_point():
-            return t.to(device) if isinstance(t, Tensor) else t
-        # The whole storage moves, and the strides stay: they are part of the test.
-        storage = t.detach().as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
-        moved = storage.to(device, dtype or t.dtype, copy=True)
-        return moved.as_strided(t.shape, t.stride(), t.storage_offset()).requires_grad_(t.requires_grad)
 
     def check(op: Callable[..., Any], reference: Callable[..., Any], /, **tensors: Any) -> None:
         cpu = torch.device("cpu")
-        got, got_grads = outputs(op, {k: convert(t, None, triton_device) for k, t in tensors.items()})
-        want, want_grads = outputs(reference, {k: convert(t, torch.float64, cpu) for k, t in tensors.items()})
+        got, got_grads = _outputs(op, {k: _convert(t, None, device) for k, t in tensors.items()})
+        want, want_grads = _outputs(
+            reference, {k: _convert(t, torch.float64, cpu) for k, t in tensors.items()}
+        )
         dtypes = {t.dtype for t in tensors.values() if isinstance(t, Tensor)}
         bounds: Any = ([2e-6] * len(want), [1e-5] * len(want_grads))
         if dtypes & {torch.bfloat16, torch.float16}:
             factor = 2 if interpreted and torch.bfloat16 in dtypes else 1
-            plain, plain_grads = outputs(reference, {k: convert(t, None, cpu) for k, t in tensors.items()})
+            plain, plain_grads = _outputs(reference, {k: _convert(t, None, cpu) for k, t in tensors.items()})
             bounds = (
                 [factor * 2 * error(p, w) + 2e-6 for p, w in zip(plain, want)],
                 [factor * 3 * error(p, w) + 1e-5 for p, w in zip(plain_grads, want_grads)],
@@ -93,3 +96,17 @@ def agree(triton_device: torch.device) -> Callable[..., None]:
             assert error(g, w) <= bound, f"gradient of {name}"
 
     return check
+
+
+@pytest.fixture
+def agree(triton_device: torch.device) -> Callable[..., None]:
+    """:func:`agreement` of the Triton kernels."""
+    return agreement(triton_device, interpreted=triton_device.type == "cpu")
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def agree_on(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """:func:`agreement` of the kernels that users get on a CPU and on a GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch finds no GPU here")
+    return agreement(torch.device(request.param))

@@ -50,6 +50,7 @@ def masks(kind: str | None, batch: int, heads: int, queries: int, keys: int) -> 
 # (batch, heads, key heads, Lq, Lk, E, Ev), mask, dropout, causal, weights
 CASES = {
     "project": ((2, 4, 4, 196, 196, 32, 32), None, 0.0, False, False),
+    "dropout": ((2, 4, 2, 101, 140, 32, 24), None, 0.2, False, False),
     "odd": ((2, 3, 3, 37, 53, 17, 9), None, 0.0, False, False),
     "single": ((1, 1, 1, 1, 1, 1, 1), None, 0.0, False, False),
     "one_query": ((2, 4, 2, 1, 300, 64, 64), None, 0.0, False, False),
@@ -255,6 +256,20 @@ def test_large_scores_do_not_overflow():
     got, want = (f(query, key, key) for f in (ik.cross_attention, reference.cross_attention))
     assert got.isfinite().all()
     assert rms(got, want) < 1e-3
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("size", [1.0, 1.3, 1.45, 8.0])
+@pytest.mark.parametrize("values", [1e-25, 1.0, 1e17, 1e19, 1e30])
+def test_softmax_without_maximum_agrees_at_its_limits(isa, dropout, size, values):
+    query, key = torch.randn(1, 2, 40, 9) * size, torch.randn(1, 2, 70, 9) * size
+    value = torch.randn(1, 2, 70, 9) * values
+    got, want = (
+        f(*(t.to(dtype) for t in (query, key, value)), dropout_p=dropout, seed=3)
+        for f, dtype in ((ik.cross_attention, torch.float32), (reference.cross_attention, torch.float64))
+    )
+    assert rms(got / values, want / values) < 2e-6 * size
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 """Times every op's GPU kernels beside the model of docs/gpu.md.
 
     python benchmarks/gpu.py [--json FILE] [--filter TEXT]   # on a GPU: measure, print the table, write it
-    python benchmarks/gpu.py --all                           # the day a GPU is at hand: build with CUDA, run the GPU tests, then this
+    python benchmarks/gpu.py --all                           # on a GPU, first: build with CUDA and run the GPU tests
     python benchmarks/gpu.py --model                         # the table without measurements; needs no GPU
 
 Device events, median of 50 after 10 warm-ups. What is measured is checked first against the float64 definition on the first
-image. Peers (mamba-ssm, causal-conv1d, flash-attn, Liger) are timed where they are installed. Backward is timed alone, on a graph that is kept.
+images. Peers (mamba-ssm, causal-conv1d, flash-attn, Liger) are timed where they are installed. Backward is timed alone.
 """
 
 from __future__ import annotations
@@ -191,10 +191,21 @@ def error(case: Case, given: dict[str, Tensor], function: Run) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
 
 
-_BATCHED = frozenset(
-    "u delta B C query key value student_logits teacher_logits fused_logits bottleneck_logits labels mu logvar x features"
-    " reference".split()
-)
+_BATCHED = {
+    "u",
+    "delta",
+    "B",
+    "C",
+    "query",
+    "key",
+    "value",
+    "labels",
+    "mu",
+    "logvar",
+    "x",
+    "features",
+    "reference",
+} | {f"{name}_logits" for name in ("student", "teacher", "fused", "bottleneck")}
 
 
 def measure(case: Case, device: str, clock: Callable[[Run], float]) -> list[dict[str, Any]]:

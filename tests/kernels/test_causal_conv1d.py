@@ -277,6 +277,39 @@ def test_package_on_cuda(changes: dict[str, Any], used: bool, monkeypatch: pytes
     assert forced is None
 
 
+@pytest.mark.parametrize("case", ["plain", "sequences", "states"])
+def test_package_is_called_as_it_expects(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The public function hands everything over by the package's names, sequence numbers as int32, and returns its result."""
+    calls: list[dict[str, Any]] = []
+
+    def package(x: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> str:
+        calls.append({"x": x, "weight": weight, "bias": bias, **options})
+        return "result"
+
+    module = SimpleNamespace(causal_conv1d_fn=package, __spec__=object())
+    monkeypatch.setitem(sys.modules, "causal_conv1d", module)
+    monkeypatch.delenv("IUMAD_BACKEND", raising=False)
+    with FakeTensorMode():
+        x = torch.empty(2, 24, 16, device="cuda").transpose(1, 2)
+        weight, bias = torch.empty(16, 4, device="cuda"), torch.empty(16, device="cuda")
+        given: dict[str, Any] = {"seq_idx": None, "initial_states": None, "return_final_states": False}
+        if case == "sequences":
+            given["seq_idx"] = torch.empty(2, 24, dtype=torch.int64, device="cuda")
+        elif case == "states":
+            given |= {"initial_states": torch.empty(2, 16, 3, device="cuda"), "return_final_states": True}
+        assert ik.causal_conv1d(x, weight, bias, **given, activation="silu") == "result"
+    (call,) = calls
+    assert call["x"] is x
+    assert call["weight"] is weight
+    assert call["bias"] is bias
+    assert call["activation"] == "silu"
+    assert call["initial_states"] is given["initial_states"]
+    assert call["return_final_states"] is given["return_final_states"]
+    assert (call["seq_idx"] is None) == (case != "sequences")
+    if case == "sequences":
+        assert call["seq_idx"].dtype == torch.int32
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

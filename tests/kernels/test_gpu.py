@@ -1,6 +1,6 @@
 """Every op, forward and backward, on the kernels that its users get, against the float64 definition.
 
-On the CPU as well as on the GPU: what runs here without a GPU is the test itself. ``python benchmarks/gpu.py --all`` runs it on one.
+On the CPU as well as on the GPU: without one it is the test itself that runs. ``python benchmarks/gpu.py --all`` runs it on one.
 """
 
 from __future__ import annotations

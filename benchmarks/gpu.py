@@ -244,6 +244,7 @@ def model_rows(case: Case) -> list[dict[str, Any]]:
     for direction, work in zip(("forward", "backward"), case.work):
         row: dict[str, Any] = {"op": case.op, "direction": direction, "shape": case.shape}
         row |= {"dtype": str(case.dtype).removeprefix("torch."), "megabytes": work.bytes / 1e6}
+        row["operations"] = work.operations()
         for name, gpu in model.GPUS.items():
             floor, predicted = work.floor_us(gpu), work.predicted_us(gpu)
             row[name] = {
@@ -261,6 +262,7 @@ def table(rows: list[dict[str, Any]], gpu: str | None) -> str:
         "kernel",
         "shape",
         "MB",
+        "operations",
         "floor H100 / A100, us",
         "predicted H100 / A100, us",
         "of the floor, %",
@@ -271,7 +273,7 @@ def table(rows: list[dict[str, Any]], gpu: str | None) -> str:
     for row in rows:
         h100, a100 = row["H100"], row["A100"]
         cells = [
-            f"{row['op']} {row['direction']}, {row['dtype']}", row["shape"], f"{row['megabytes']:.3g}",
+            f"{row['op']} {row['direction']}, {row['dtype']}", row["shape"], f"{row['megabytes']:.3g}", row["operations"],
             f"{h100['floor_us']:.3g} / {a100['floor_us']:.3g}", f"{h100['predicted_us']:.3g} / {a100['predicted_us']:.3g}",
             f"{100 * h100['predicted_fraction']:.0f} / {100 * a100['predicted_fraction']:.0f}",
         ]  # fmt: skip

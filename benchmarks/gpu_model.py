@@ -48,6 +48,13 @@ class Work:
         """What these kernels should take."""
         return max(self._memory_us(gpu) / 0.85, self._arithmetic_us(gpu) / 0.6) + LAUNCH_US * self.launches
 
+    def operations(self) -> str:
+        """In words, in millions: exponentials, other instructions; matrix products in GFLOP."""
+        counts = {"exp": self.exponentials, "instr": self.instructions}
+        words = [f"{n / 1e6:.3g} M {name}" for name, n in counts.items() if n]
+        products = {"TF32": self.tf32, "bf16": self.bf16}
+        return ", ".join(words + [f"{n / 1e9:.3g} GFLOP {name}" for name, n in products.items() if n])
+
     def _memory_us(self, gpu: Gpu) -> float:
         return 1e6 * self.bytes / gpu.bandwidth
 

@@ -64,6 +64,8 @@ def causal_conv1d(
     if seq_idx is not None:
         if seq_idx.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{op}: seq_idx has dtype {seq_idx.dtype}, expected int32 or int64")
+        if seq_idx.device != x.device:
+            raise ValueError(f"{op}: seq_idx is on {seq_idx.device}, but x is on {x.device}")
         if initial_states is not None or return_final_states:
             raise ValueError(f"{op}: seq_idx cannot be combined with initial_states or return_final_states")
     if activation not in (None, "silu", "swish"):

@@ -97,6 +97,38 @@ def test_a_cpu_torch_does_not_load_it(pretend) -> None:
     assert not loaded
 
 
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "selective_scan": {"u": (1, 2, 3), "delta": (1, 2, 3), "A": (2, 4), "B": (1, 4, 3), "C": (1, 4, 3), "z": (1, 2, 3)},
+    "selective_scan_2d": {"u": (1, 2, 3, 3), "delta": (1, 2, 3, 3), "A": (2, 4), "B": (1, 4, 3, 3), "C": (1, 4, 3, 3)},
+    "selective_state_update": {"state": (1, 2, 4), "x": (1, 2), "dt": (1, 2), "A": (2, 4), "B": (1, 4), "C": (1, 4)},
+    "cross_attention": {"query": (1, 1, 2, 3), "key": (1, 1, 2, 3), "value": (1, 1, 2, 3), "attn_mask": (2, 2)},
+    "kl_divergence": {"student_logits": (2, 3), "teacher_logits": (2, 3)},
+    "kl_bottleneck": {"fused_logits": (2, 3), "bottleneck_logits": (2, 3), "labels": (2,)},
+    "fused_linear_kl": {"features_t": (2, 3), "weight_t": (4, 3), "features_s": (2, 3), "weight_s": (4, 3), "bias_s": (4,)},
+    "gaussian_bottleneck": {"mu": (2, 3), "logvar": (2, 3), "seed": ()},
+    "depthwise_conv2d": {"x": (1, 3, 4, 4), "weight": (3, 1, 3, 3), "bias": (3,)},
+    "causal_conv1d": {"x": (1, 3, 4), "weight": (3, 4), "bias": (3,), "seq_idx": (1, 4)},
+    "anomaly_map": {"features": (1, 3, 4, 4), "reference": (1, 3, 4, 4)},
+}  # fmt: skip
+INTEGERS = {"labels", "seed", "seq_idx"}
+
+
+@pytest.mark.parametrize(
+    ("op", "moved"), [(op, name) for op, shapes in SHAPES.items() for name in list(shapes)[1:]]
+)
+def test_mixed_devices(op: str, moved: str) -> None:
+    """Any tensor elsewhere than the first one: refused before any work, by name and device."""
+    given = {
+        name: torch.zeros(
+            shape, dtype=torch.int64 if name in INTEGERS else None, device="meta" if name == moved else "cpu"
+        )
+        for name, shape in SHAPES[op].items()
+    }
+    flags = {"size": 8, "pool": 2} if op == "anomaly_map" else {}
+    with pytest.raises(ValueError, match=rf"{op}: \w+ is on (meta|cpu), but .*(is|are) on (meta|cpu)"):
+        getattr(iumad_kernels, op)(**given, **flags)
+
+
 def test_forcing_a_backend_the_device_lacks() -> None:
     with iumad_kernels.backend("cuda"), pytest.raises(RuntimeError, match="no cuda backend for cpu tensors"):
         backend.select("selective_scan", torch.device("cpu"))

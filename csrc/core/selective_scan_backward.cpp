@@ -135,6 +135,18 @@ struct BackwardTile {
   }
 };
 
+// delta + bias, then softplus where asked, in place; and d(result) / d(delta).
+template <class F>
+void finish_delta(F* dt, F* slope, const SelectiveScan& s, int count, Vec<F> bias) {
+  constexpr int V = kLanes<F>;
+  for (int t = 0; t < count; ++t) {
+    const Vec<F> x = load(dt + t * V) + bias;
+    const Softplus<F> y = s.delta_softplus ? softplus<F>(x) : Softplus<F>{x, broadcast(F(1))};
+    store<F>(dt + t * V, y.value);
+    store<F>(slope + t * V, y.derivative);
+  }
+}
+
 // Reads a tile of one channel block and turns the gradient of the gated output into dy.
 template <class F>
 void load_tile(BackwardScratch<F>& m, const SelectiveScan& s, const BackwardTile& tile, int64_t k, const ChannelBlock& b,
@@ -143,7 +155,7 @@ void load_tile(BackwardScratch<F>& m, const SelectiveScan& s, const BackwardTile
   const int count = tile.tokens.count;
   load_tokens<F>(m.u, tile.u, b);
   load_delta<F>(m.dt, s, tile.delta, b);
-  finish_delta<true, F>(m.dt, m.slope, s, count, load_channels<F>(s.delta_bias, s, k, b));
+  finish_delta<F>(m.dt, m.slope, s, count, load_channels<F>(s.delta_bias, s, k, b));
   load_tokens<F>(m.dout, tile.grad_out, b);
   if (s.z.data) load_tokens<F>(m.z, tile.z, b);
   for (int t = 0; t < count; ++t) {

@@ -132,18 +132,6 @@ void load_delta(F* dst, const SelectiveScan& s, const TileView& v, const Channel
   });
 }
 
-// delta + bias, then softplus where asked; kSlope also gives d(result) / d(delta).
-template <bool kSlope, class F>
-void finish_delta(F* dt, [[maybe_unused]] F* slope, const SelectiveScan& s, int count, Vec<F> bias) {
-  constexpr int V = kLanes<F>;
-  for (int t = 0; t < count; ++t) {
-    const Vec<F> x = load(dt + t * V) + bias;
-    const Softplus<F> y = s.delta_softplus ? softplus<F>(x) : Softplus<F>{x, broadcast(F(1))};
-    store<F>(dt + t * V, y.value);
-    if constexpr (kSlope) store<F>(slope + t * V, y.derivative);
-  }
-}
-
 // A parameter (directions, dim, states) as [state][lane].
 template <class F>
 void load_parameter(F* dst, const void* data, const SelectiveScan& s, int64_t k, const ChannelBlock& b,

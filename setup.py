@@ -1,5 +1,6 @@
 """Bridge from pip to CMakeLists.txt, the one build definition."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -39,13 +40,31 @@ def find_torch() -> Path:
     )
 
 
+def find_tools() -> None:
+    """A compiler, and what pip installs by itself unless the build is not isolated."""
+    chosen = os.environ.get("CXX")
+    if chosen and not shutil.which(chosen.split()[0]):
+        raise SystemExit(
+            f"the environment variable CXX is {chosen!r}, which is not found: correct or unset it."
+        )
+    if not chosen and not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+        raise SystemExit(
+            "iumad needs a C++20 compiler (g++ >= 11 or clang++ >= 15): on Debian or Ubuntu `apt install g++`."
+        )
+    missing = [tool for tool in ("cmake", "ninja") if not shutil.which(tool)]
+    if importlib.util.find_spec("pybind11") is None:
+        missing.append("pybind11")
+    if missing:
+        raise SystemExit(
+            f"iumad's build needs {', '.join(missing)}, not found here: `pip install {' '.join(missing)}`, "
+            "or leave out --no-build-isolation and pip brings them itself."
+        )
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch = find_torch()
-        if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
-            raise SystemExit(
-                "iumad needs a C++20 compiler (g++ >= 11 or clang++ >= 15): on Debian or Ubuntu `apt install g++`."
-            )
+        find_tools()
         import pybind11
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent

@@ -37,7 +37,7 @@ constexpr F kRoundMagic = sizeof(F) == 8 ? F(0x1.8p52) : F(0x1.8p23);  // adding
 
 // 2^(a b), relative error < 2e-7 (float; where the instruction set lacks FMA or scalef, plus the rounding of a b), < 4e-16 (1 +
 // |a b|) (double). Without scalef, results under the smallest normal number are 0. inf and NaN propagate as in
-// std::exp2.
+// std::exp2; finite a and b must have a finite product.
 template <class F>
 inline Vec<F> exp2_product(Vec<F> a, Vec<F> b) {
   using V = Vec<F>;
@@ -69,15 +69,10 @@ inline Vec<F> exp(Vec<F> x) {
 }
 
 // e^(a b) with log2(e) already in b, for a b <= 0: as exp2_product, but results under the smallest normal number are 0, as they
-// must be for probabilities of logits of -inf.
+// must be for probabilities of logits of -inf, and a b may overflow, as it does for logits masked with the lowest number.
 template <class F>
 inline Vec<F> exp_or_zero(Vec<F> a, Vec<F> b) {
-  const Vec<F> e = exp2_product<F>(a, b);
-#if defined(__AVX512F__)
-  return e;
-#else
-  return a * b < broadcast(F(sizeof(F) == 8 ? -1022 : -126)) ? Vec<F>{} : e;
-#endif
+  return a * b < broadcast(F(sizeof(F) == 8 ? -1022 : -126)) ? Vec<F>{} : exp2_product<F>(a, b);
 }
 
 // log(1 + e) for e in [0, 1]. Relative error < 2e-7 (float: minimax polynomial), < 1e-15 (double: 2 atanh(e / (2 + e))).

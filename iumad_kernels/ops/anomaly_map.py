@@ -11,6 +11,7 @@ from torch import Tensor
 from iumad_kernels import reference as plain
 from iumad_kernels.backend import implement, select
 from iumad_kernels.ops.checks import check_floating, check_shape
+from iumad_kernels.ops.derivatives import gradient_op
 from iumad_kernels.ops.grids import empty_grid
 
 implement("anomaly_map", "cpu")
@@ -114,10 +115,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_map: Tensor | None, grad_score: Tensor | None, *_: None) -> tuple[Any, ...]:
     needs_features, needs_reference = ctx.needs_input_grad[:2]
-    dfeatures, dreference = torch.ops.iumad.anomaly_map_backward(
+    dfeatures, dreference = _gradients(
         grad_map, grad_score, *ctx.saved_tensors, *ctx.options, needs_features, needs_reference
     )
     return (dfeatures if needs_features else None, dreference if needs_reference else None, *(None,) * 4)
 
 
+_gradients = gradient_op("anomaly_map_backward")
 torch.library.register_autograd("iumad::anomaly_map", _backward, setup_context=_setup_context)

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from iumad_kernels import reference
 from iumad_kernels.backend import implement, select
+from iumad_kernels.ops.autocast import to_autocast_dtype
 from iumad_kernels.ops.checks import check_divides, check_floating, check_shape
+from iumad_kernels.ops.derivatives import gradient_op
 from iumad_kernels.ops.seeds import check_seed, seed_tensor
 
 _FORWARD = torch.ops.iumad.cross_attention.default
-_BACKWARD = torch.ops.iumad.cross_attention_backward.default
+_BACKWARD = gradient_op("cross_attention_backward")
 
 implement("cross_attention", "cpu")
 
@@ -67,7 +69,7 @@ def cross_attention(
     >>> cross_attention(rgb, depth, depth).shape
     torch.Size([2, 8, 49, 32])
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = to_autocast_dtype(query, key, value)
     _check(query, key, value, attn_mask, dropout_p, seed)
     if dropout_p > 0:
         if seed is None:  # a tensor, so that drawing it can be traced and never waits for a device
@@ -108,15 +110,6 @@ def _call(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         return _Attention.apply(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return _FORWARD(*inputs)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As torch's own attention: inputs go to the autocast dtype."""
-    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
 def _check(

@@ -10,6 +10,7 @@ from torch import Tensor
 from iumad_kernels import reference
 from iumad_kernels.backend import implement, select
 from iumad_kernels.ops.checks import check_floating, check_shape
+from iumad_kernels.ops.derivatives import gradient_op
 from iumad_kernels.ops.grids import empty_grid
 from iumad_kernels.reference.depthwise_conv2d import same_padding
 
@@ -120,9 +121,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     x, weight, bias, history, sequence = ctx.saved_tensors
-    dx, dweight, dbias, dhistory = torch.ops.iumad.depthwise_conv2d_backward(
-        grad_out, x, weight, bias, history, sequence, *ctx.flags
-    )
+    dx, dweight, dbias, dhistory = _gradients(grad_out, x, weight, bias, history, sequence, *ctx.flags)
     return (
         dx,
         dweight,
@@ -132,4 +131,5 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     )
 
 
+_gradients = gradient_op("depthwise_conv2d_backward")
 torch.library.register_autograd("iumad::depthwise_conv2d", _backward, setup_context=_setup_context)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from iumad_kernels import reference
 from iumad_kernels.backend import implement, select
+from iumad_kernels.ops.autocast import to_autocast_dtype
 from iumad_kernels.ops.checks import check_floating, check_shape
+from iumad_kernels.ops.derivatives import REMEDY
 from iumad_kernels.ops.kl_bottleneck import REDUCTIONS
 
 _SUM = REDUCTIONS.index("sum")
@@ -50,10 +52,11 @@ def fused_linear_kl(
     Returns:
         float32 scalar (float64 for float64), differentiable once, to every tensor.
 
-    A side's tensors have one dtype; the two sides may differ, but float64 goes with float64 only. Products run at that dtype, the
-    divergence in float32, sums of weight gradients over chunks in float32. Gradients are computed together with the value, so
-    that a chunk's logits are needed once; beside them, memory is four arrays of (chunk_rows, classes). The matrix products are
-    torch's: with one number of threads runs are bitwise equal, across numbers of threads as far as torch's products are.
+    A side's tensors have one dtype; the two sides may differ, but float64 goes with float64 only; autocast casts them as it does
+    for ``linear``. Products run at that dtype, the divergence in float32, sums of weight gradients over chunks in float32.
+    Gradients are computed together with the value, so that a chunk's logits are needed once; beside them, memory is four arrays
+    of (chunk_rows, classes). The matrix products are torch's: with one number of threads runs are bitwise equal, across numbers
+    of threads as far as torch's products are.
 
     Raises TypeError or ValueError naming the argument. Source: paper.md 3.1 (L_IB).
 
@@ -62,6 +65,8 @@ def fused_linear_kl(
     tensor(0.)
     """
     op = "fused_linear_kl"
+    features_t, weight_t, bias_t = to_autocast_dtype(features_t, weight_t, bias_t)
+    features_s, weight_s, bias_s = to_autocast_dtype(features_s, weight_s, bias_s)
     sides = (("t", features_t, weight_t, bias_t), ("s", features_s, weight_s, bias_s))
     for side, features, weight, bias in sides:
         for name, t in ((f"features_{side}", features), (f"weight_{side}", weight)):
@@ -218,9 +223,12 @@ def _fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    if any(grad is not None for grad in grads[1:]):
+        raise RuntimeError(f"the gradients of fused_linear_kl have no derivative of their own: {REMEDY}")
     needed = ctx.needs_input_grad[:6]
     scaled = (grads[0] * g if need else None for g, need in zip(ctx.saved_tensors, needed))
     return *(None if g is None else g.to(saved.dtype) for g, saved in zip(scaled, ctx.saved_tensors)), *(

@@ -11,6 +11,7 @@ from torch import Tensor
 from iumad_kernels import reference
 from iumad_kernels.backend import implement, select
 from iumad_kernels.ops.checks import check_floating
+from iumad_kernels.ops.derivatives import gradient_op
 from iumad_kernels.ops.seeds import check_seed, seed_tensor
 
 implement("gaussian_bottleneck", "cpu")
@@ -84,10 +85,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_sample: Tensor | None, grad_kl: Tensor | None) -> tuple[Any, ...]:
-    gradients = torch.ops.iumad.gaussian_bottleneck_backward(
-        grad_sample, grad_kl, *ctx.saved_tensors, *ctx.prior
-    )
+    gradients = _gradients(grad_sample, grad_kl, *ctx.saved_tensors, *ctx.prior)
     return *gradients, None, None, None
 
 
+_gradients = gradient_op("gaussian_bottleneck_backward")
 torch.library.register_autograd("iumad::gaussian_bottleneck", _backward, setup_context=_setup_context)

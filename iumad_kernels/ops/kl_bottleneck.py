@@ -12,6 +12,7 @@ from torch import Tensor
 from iumad_kernels import reference
 from iumad_kernels.backend import implement, select
 from iumad_kernels.ops.checks import FLOATING, check_floating
+from iumad_kernels.ops.derivatives import gradient_op
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")  # as numbered by Reduction in csrc/torch/kl_bottleneck.cpp
 _STATS = 9  # kKLStats in csrc/core/kl_bottleneck.h: what backward needs of a row
@@ -21,6 +22,7 @@ _DIVERGENCE = torch.ops.iumad.kl_divergence.default
 _BOTTLENECK = torch.ops.iumad.kl_bottleneck.default
 _DIVERGENCE_AT_ONCE = torch.ops.iumad.kl_divergence_at_once.default
 _BOTTLENECK_AT_ONCE = torch.ops.iumad.kl_bottleneck_at_once.default
+_gradients = gradient_op("kl_bottleneck_backward")
 _NONE = REDUCTIONS.index("none")
 
 implement("kl_divergence", "cpu")
@@ -321,11 +323,10 @@ def _new_stats(p: Tensor, save_stats: bool) -> Tensor:
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: Tensor, q: Tensor, mask: Tensor | None, *flags: Any) -> Tensor:
-        at_once = flags[2] != _NONE and _can_be_at_once(p, q, mask)
-        with torch._C._AutoDispatchBelowAutograd():
-            if at_once:
-                loss, stats, *ctx.ready = _DIVERGENCE_AT_ONCE(p, q, *flags, *ctx.needs_input_grad[:2])
-            else:
+        if flags[2] != _NONE and _can_be_at_once(p, q, mask):
+            loss, stats, *ctx.ready = _DIVERGENCE_AT_ONCE(p, q, *flags, *ctx.needs_input_grad[:2])
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
                 loss, stats = _DIVERGENCE(p, q, mask, *flags, True)
         _keep(ctx, flags, p, q, mask, stats)
         return loss
@@ -338,7 +339,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        dp, dq = _take_ready(ctx, grads[:1]) or torch.ops.iumad.kl_bottleneck_backward.default(
+        dp, dq = _take_ready(ctx, grads[:1]) or _gradients(
             None, grads[0], None, None, *ctx.saved_tensors[:2], None, *ctx.saved_tensors[2:],
             *ctx.flags, 0.0, 0.0, True, *ctx.needs_input_grad[:2],
         )  # fmt: skip
@@ -351,12 +352,11 @@ class _Bottleneck(torch.autograd.Function):
     def forward(
         ctx: Any, p: Tensor, q: Tensor, labels: Tensor | None, mask: Tensor | None, *flags: Any
     ) -> tuple[Tensor, ...]:
-        at_once = _can_be_at_once(p, q, mask)
-        with torch._C._AutoDispatchBelowAutograd():
-            if at_once:
-                *losses, stats, dp, dq = _BOTTLENECK_AT_ONCE(p, q, labels, *flags, *ctx.needs_input_grad[:2])
-                ctx.ready = dp, dq
-            else:
+        if _can_be_at_once(p, q, mask):
+            *losses, stats, dp, dq = _BOTTLENECK_AT_ONCE(p, q, labels, *flags, *ctx.needs_input_grad[:2])
+            ctx.ready = dp, dq
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
                 *losses, stats = _BOTTLENECK(p, q, labels, mask, *flags, True)
         _keep(ctx, flags, p, q, labels, mask, stats)
         return tuple(losses)
@@ -370,7 +370,7 @@ class _Bottleneck(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         temperature, kl_weight, ce_weight, detach_p = ctx.flags
-        dp, dq = _take_ready(ctx, grads[:4]) or torch.ops.iumad.kl_bottleneck_backward.default(
+        dp, dq = _take_ready(ctx, grads[:4]) or _gradients(
             *grads[:4], *ctx.saved_tensors, temperature, 0.0,
             REDUCTIONS.index("batchmean"), kl_weight, ce_weight, not detach_p, *ctx.needs_input_grad[:2],
         )  # fmt: skip
@@ -386,6 +386,8 @@ def _can_be_at_once(p: Tensor, q: Tensor, mask: Tensor | None) -> bool:
 def _take_ready(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor] | None:
     ready = getattr(ctx, "ready", None)
     if ready is None or grads[0] is None or any(grad is not None for grad in grads[1:]):
+        return None
+    if torch.is_grad_enabled():  # create_graph: differentiating these again must be refused, as the op does
         return None
     ctx.ready = None
     if (factor := grads[0].item()) != 1:

@@ -10,6 +10,7 @@ from torch import Tensor
 from iumad_kernels import gpu, reference
 from iumad_kernels.backend import implement, select
 from iumad_kernels.ops.checks import check_floating, check_shape
+from iumad_kernels.ops.derivatives import gradient_op
 from iumad_kernels.ops.scan_arguments import (
     SCHEMES,
     check_groups,
@@ -231,7 +232,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_last_state: Tensor | None,
     u, delta, A, B, C, D, z, delta_bias, initial_state, tile_states = ctx.saved_tensors
     if grad_out is None:
         grad_out = u.new_zeros(()).expand(u.shape)
-    du, ddelta, dA, dB, dC, dD, dz, dbias, dh0 = torch.ops.iumad.selective_scan_backward(
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dh0 = _gradients(
         grad_out,
         grad_last_state,
         u,
@@ -265,14 +266,5 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_last_state: Tensor | None,
     )
 
 
+_gradients = gradient_op("selective_scan_backward")
 torch.library.register_autograd("iumad::selective_scan", _backward, setup_context=_setup_context)
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "selective_scan_backward has no derivative of its own: for second derivatives run the scan under "
-        'iumad_kernels.backend("reference")'
-    )
-
-
-torch.library.register_autograd("iumad::selective_scan_backward", _no_second_derivative)

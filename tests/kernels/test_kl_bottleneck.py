@@ -493,3 +493,19 @@ def test_bad_input(options, error, words):
 def test_bad_input_bottleneck(options, error, words, backend):
     with iumad_kernels.backend(backend), pytest.raises(error, match=words):
         kl_bottleneck(**{"fused_logits": T, "bottleneck_logits": S, **options})
+
+
+@pytest.mark.parametrize("isa", _C.cpu_isas(), indirect=True)
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_logits_masked_with_the_lowest_number(beta: float, isa: str) -> None:
+    """x - max times log2(e) overflows: the class has probability 0, not NaN."""
+    logits = torch.randn(2, 3, 40)
+    logits[:, :, ::3] = torch.finfo(torch.float32).min
+    student, teacher = (t.clone().requires_grad_() for t in logits)
+    loss = kl_divergence(student, teacher, beta=beta)
+    got = torch.autograd.grad(loss, (student, teacher))
+    masked = [t.double().masked_fill(t < -1e30, -torch.inf).requires_grad_() for t in logits]
+    want_loss = reference.kl_divergence(*masked, beta=beta)
+    torch.testing.assert_close(loss.double(), want_loss, rtol=1e-5, atol=1e-6)
+    for g, w in zip(got, torch.autograd.grad(want_loss, masked)):
+        torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-6)

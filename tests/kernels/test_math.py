@@ -1,0 +1,164 @@
+"""The error bounds that csrc/core/math.h states, on every instruction set, by dense sampling against extended precision."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from iumad_kernels import _C
+
+ROOT = Path(__file__).parents[2]
+# As in CMakeLists.txt.
+FLAGS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ],
+}
+COMMON = ["-std=c++20", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-w"]
+SMALLEST = {np.float32: float(np.finfo(np.float32).tiny), np.float64: float(np.finfo(np.float64).tiny)}
+
+Evaluate = Callable[[str, np.ndarray], np.ndarray]
+
+pytestmark = pytest.mark.skipif(
+    np.finfo(np.longdouble).eps > 2e-19, reason=f"no extended precision on {platform.machine()}"
+)
+both_types = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+
+@pytest.fixture(scope="module", params=_C.cpu_isas())
+def evaluate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Evaluate:
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler to compile math.h with")
+    program = tmp_path_factory.mktemp("math") / f"evaluate_{request.param}"
+    source = ROOT / "tests/kernels/math/evaluate.cpp"
+    options = [*COMMON, *FLAGS[request.param], f"-DIUMAD_ISA={request.param}", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([compiler, *options, str(source), "-o", str(program)], check=True)
+
+    def call(name: str, x: np.ndarray) -> np.ndarray:
+        padded = np.concatenate([x, np.ones(-len(x) % 16, x.dtype)])
+        kind = "float" if x.dtype == np.float32 else "double"
+        done = subprocess.run([program, name, kind], input=padded.tobytes(), capture_output=True, check=True)
+        return np.frombuffer(done.stdout, x.dtype)[: len(x)]
+
+    return call
+
+
+def spread(low: float, high: float, dtype: type, count: int = 400_000) -> np.ndarray:
+    """Random values and the ends."""
+    x = np.random.default_rng(0).uniform(low, high, count).astype(dtype)
+    return np.concatenate([x, np.array([low, high], dtype)])
+
+
+def relative(got: np.ndarray, want: np.ndarray) -> np.ndarray:
+    return np.abs(got.astype(np.longdouble) / want - 1)
+
+
+@both_types
+def test_log(evaluate: Evaluate, dtype: type) -> None:
+    """Of every positive normal number, and relative to the result also near 1, where that is near 0."""
+    info = np.finfo(dtype)
+    powers = spread(info.minexp + 1, info.maxexp - 1, np.float64)
+    anywhere = np.exp2(powers).astype(dtype)
+    near_one = np.concatenate([spread(0.5, 2, dtype), (1 + spread(-1e-3, 1e-3, np.float64)).astype(dtype)])
+    neighbours = np.array(
+        [np.nextafter(dtype(1), dtype(0)), np.nextafter(dtype(1), dtype(2)), info.tiny, info.max], dtype
+    )
+    x = np.concatenate([anywhere, near_one, neighbours])
+    x = x[x != 1]
+    bound = 4e-7 if dtype == np.float32 else 1e-15
+    assert relative(evaluate("log", x), np.log(x.astype(np.longdouble))).max() < bound
+    assert evaluate("log", np.ones(1, dtype))[0] == 0
+
+
+@both_types
+def test_cos_sin_turns(evaluate: Evaluate, dtype: type) -> None:
+    eighths = np.arange(8) / 8
+    edges = np.concatenate([np.nextafter(eighths.astype(dtype), dtype(s)) for s in (0, 2)])
+    x = np.concatenate([spread(0, 1, dtype)[:-1], eighths.astype(dtype), edges])
+    x = x[x < 1]
+    angle = 2 * np.longdouble("3.14159265358979323846264338327950288") * x.astype(np.longdouble)
+    bound = 2e-7 if dtype == np.float32 else 1e-15
+    assert np.abs(evaluate("cos", x) - np.cos(angle)).max() < bound
+    assert np.abs(evaluate("sin", x) - np.sin(angle)).max() < bound
+
+
+@both_types
+def test_exp2_product(evaluate: Evaluate, dtype: type) -> None:
+    info = np.finfo(dtype)
+    x = spread(info.minexp, info.maxexp - 0.01, dtype)
+    want = np.exp2(x.astype(np.longdouble))
+    bound = np.full(len(x), 2e-7) if dtype == np.float32 else 4e-16 * (1 + np.abs(x))
+    assert (relative(evaluate("exp2_product", x), want) < bound).all()
+    assert evaluate("exp2_product", np.array([0.0], dtype))[0] == 1
+    special = evaluate("exp2_product", np.array([-np.inf, np.inf, np.nan, info.maxexp + 1], dtype))
+    assert special[0] == 0
+    assert special[1] == special[3] == np.inf
+    assert np.isnan(special[2])
+
+
+@both_types
+def test_exp_or_zero(evaluate: Evaluate, dtype: type) -> None:
+    """Of what is at most 0: the rounding of the constant log2(e) and of the product counts too. Never negative, never above 1."""
+    info = np.finfo(dtype)
+    lowest = info.minexp * np.log(2)
+    x = np.concatenate([spread(lowest, 0, dtype), -np.logspace(-12, 0, 1000).astype(dtype)])
+    x = x[x.astype(np.float64) * np.log2(np.e) > info.minexp * (1 - 1e-6)]
+    got, want = evaluate("exp_or_zero", x), np.exp(x.astype(np.longdouble))
+    bound = 2e-7 + 1.8e-7 * np.abs(x) if dtype == np.float32 else 4e-16 * (1 + 2 * np.abs(x))
+    assert (relative(got, want) < bound).all()
+    below = evaluate("exp_or_zero", spread(-1e4, lowest * 1.0001, dtype))
+    assert ((below >= 0) & (below <= SMALLEST[dtype])).all()
+    special = evaluate("exp_or_zero", np.array([0, -np.inf, -info.max, np.nan], dtype))
+    assert special[0] == 1
+    assert special[1] == special[2] == 0
+    assert np.isnan(special[3])
+
+
+@both_types
+def test_log1p_unit(evaluate: Evaluate, dtype: type) -> None:
+    x = np.concatenate([spread(0, 1, dtype), np.logspace(-30, 0, 2000).astype(dtype)])
+    x = x[x > 0]
+    bound = 2e-7 if dtype == np.float32 else 1e-15
+    assert relative(evaluate("log1p_unit", x), np.log1p(x.astype(np.longdouble))).max() < bound
+    assert evaluate("log1p_unit", np.zeros(1, dtype))[0] == 0
+
+
+@both_types
+def test_reciprocal_near_one(evaluate: Evaluate, dtype: type) -> None:
+    x = spread(1, 2, dtype)
+    want = 1 / x.astype(np.longdouble)
+    assert (np.abs(evaluate("reciprocal", x) - want) <= np.spacing(want.astype(dtype))).all()
+
+
+@both_types
+def test_sigmoid(evaluate: Evaluate, dtype: type) -> None:
+    """Also of numbers so large that their exponential has none: 0 and 1, and NaN of NaN."""
+    x = spread(-80, 80, dtype)
+    want = 1 / (1 + np.exp(-x.astype(np.longdouble)))
+    bound = 4e-7 + 1.8e-7 * np.abs(x) if dtype == np.float32 else 1e-15 * (1 + np.abs(x))
+    assert (relative(evaluate("sigmoid", x), want) < bound).all()
+    big = np.finfo(dtype).max
+    special = evaluate("sigmoid", np.array([-np.inf, -big, 0, big, np.inf, np.nan], dtype))
+    np.testing.assert_array_equal(special, np.array([0, 0, 0.5, 1, 1, np.nan], dtype))
+
+
+@both_types
+def test_sqrt(evaluate: Evaluate, dtype: type) -> None:
+    x = np.concatenate([spread(0, 1e6, dtype), np.array([0, np.inf], dtype)])
+    np.testing.assert_array_equal(evaluate("sqrt", x), np.sqrt(x))

@@ -6,8 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-REMEDY = 'for second derivatives run it under iumad_kernels.backend("reference")'
+
+def _refusal(name: str) -> RuntimeError:
+    return RuntimeError(
+        f'{name} has no derivative of its own: for second derivatives run it under iumad_kernels.backend("reference")'
+    )
 
 
 def gradient_op(name: str) -> Callable[..., Any]:
@@ -19,7 +24,7 @@ def gradient_op(name: str) -> Callable[..., Any]:
     op = getattr(torch.ops.iumad, name).default
 
     def refuse(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(f"{name} has no derivative of its own: {REMEDY}")
+        raise _refusal(name)
 
     torch.library.register_autograd(f"iumad::{name}", refuse)
 
@@ -30,3 +35,19 @@ def gradient_op(name: str) -> Callable[..., Any]:
             return op(*args)
 
     return call
+
+
+class _Refuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        raise _refusal(ctx.name)
+
+
+def only_once(gradient: Tensor, name: str) -> Tensor:
+    """A gradient that forward has computed already, handed out by backward: under ``create_graph=True`` it refuses another."""
+    return _Refuse.apply(gradient, name) if torch.is_grad_enabled() else gradient

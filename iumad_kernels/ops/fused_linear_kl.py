@@ -12,7 +12,7 @@ from iumad_kernels import reference
 from iumad_kernels.backend import implement, select
 from iumad_kernels.ops.autocast import to_autocast_dtype
 from iumad_kernels.ops.checks import check_floating, check_shape
-from iumad_kernels.ops.derivatives import REMEDY
+from iumad_kernels.ops.derivatives import only_once
 from iumad_kernels.ops.kl_bottleneck import REDUCTIONS
 
 _SUM = REDUCTIONS.index("sum")
@@ -223,14 +223,12 @@ def _fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    if any(grad is not None for grad in grads[1:]):
-        raise RuntimeError(f"the gradients of fused_linear_kl have no derivative of their own: {REMEDY}")
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     needed = ctx.needs_input_grad[:6]
-    scaled = (grads[0] * g if need else None for g, need in zip(ctx.saved_tensors, needed))
+    ready = (only_once(g, "fused_linear_kl_backward") for g in ctx.saved_tensors)
+    scaled = (grads[0] * g if need else None for g, need in zip(ready, needed))
     return *(None if g is None else g.to(saved.dtype) for g, saved in zip(scaled, ctx.saved_tensors)), *(
         None,
     ) * 6

@@ -72,7 +72,7 @@ def test_second_derivatives_are_refused_in_a_sentence(name: str) -> None:
     for i in range(len(tensors)):
         gradients = torch.autograd.grad(total(OPS[name][0](*tensors)), tensors, create_graph=True)
         with pytest.raises(
-            RuntimeError, match=r'no derivative of .* own: .*iumad_kernels.backend\("reference"\)'
+            RuntimeError, match=r'no derivative of its own: .*iumad_kernels.backend\("reference"\)'
         ):
             torch.autograd.grad(gradients[i].square().sum(), tensors, allow_unused=True)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 def to_autocast_dtype(*tensors: Any) -> tuple[Any, ...]:
     """The tensors as torch's own matrix products would take them; float64 and what is no floating tensor stays."""
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(kind):
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(

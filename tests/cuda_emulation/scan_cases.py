@@ -33,6 +33,7 @@ def _library() -> None:
 def _emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sends the public functions to the emulated kernels; fresh memory is NaN."""
     monkeypatch.setattr(torch.ops, "iumad", torch.ops.iumad_emulated)
+    monkeypatch.setattr(op, "_gradients", torch.ops.iumad_emulated.selective_scan_backward)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.ops.iumad_emulated.set_order(FORWARD)

@@ -11,7 +11,7 @@ from iumad.cli.train import show, train
 __all__ = ["run", "show"]
 
 
-# A shorter schedule than the preset's: the whole demo in about five minutes on two cores.
+# A shorter schedule than the preset's: the whole demo in about six minutes on two cores.
 SCHEDULE = ["train.epochs=40", "train.increment_epochs=40"]
 
 

@@ -23,17 +23,6 @@ inline int64_t visible_keys(const CrossAttention& s, const KeyBlock& block, int6
   return n < 0 ? 0 : n < block.count ? n : block.count;
 }
 
-// exp2 that is exactly 0 at -inf on every instruction set.
-template <class F>
-inline Vec<F> exp2_to_zero(Vec<F> x) {
-  const Vec<F> p = exp2_product<F>(x, broadcast(F(1)));
-#if defined(__AVX512F__)
-  return p;
-#else
-  return x < broadcast(F(sizeof(F) == 8 ? -1022 : -126)) ? Vec<F>{} : p;
-#endif
-}
-
 template <class F>
 inline F max_lanes(Vec<F> v) {
 #if defined(__AVX512F__)
@@ -119,7 +108,7 @@ inline F exp_row(F* row, int64_t padded, F factor, F shift) {
   const Vec<F> scale = broadcast(factor), offset = broadcast(-shift);
   Vec<F> sum{};
   for (int64_t j = 0; j < padded; j += kLanes<F>) {
-    const Vec<F> p = exp2_to_zero<F>(fma(load(row + j), scale, offset));
+    const Vec<F> p = exp2<F>(fma(load(row + j), scale, offset));
     store<F>(row + j, p);
     sum += p;
   }

@@ -102,7 +102,7 @@ struct Mixture {
   Vec<F> log_m(Vec<F> log_p, Vec<F> log_q) const {
     const Vec<F> a = log_p + log_beta, b = log_q + log_rest;
     const Vec<F> high = a > b ? a : b, gap = a > b ? b - a : a - b;
-    return high + log1p_unit(exp_or_zero<F>(gap, broadcast(kLog2E<F>)));
+    return high + log1p_unit(exp2_product<F>(gap, broadcast(kLog2E<F>)));
   }
 };
 
@@ -110,7 +110,7 @@ template <class F>
 double sum_exp(const F* row, F max, int64_t n) {
   double sum[1];
   sum_along<1, F>(row, row, n, sum,
-                  [&](Vec<F> x, Vec<F>, Vec<F>(&s)[1]) { s[0] += exp_or_zero<F>(x - broadcast(max), broadcast(kLog2E<F>)); });
+                  [&](Vec<F> x, Vec<F>, Vec<F>(&s)[1]) { s[0] += exp2_product<F>(x - broadcast(max), broadcast(kLog2E<F>)); });
   return sum[0];
 }
 
@@ -131,9 +131,9 @@ KLRowLosses forward_row(const KLBottleneck& k, const RowPair<F>& r, RowStats<F>&
   sum_along<3, F>(r.p, r.q, r.n, sum, [&](V x, V y, V(&s)[3]) {
     x -= pm;
     y -= qm;
-    const V e = exp_or_zero<F>(x, c);
+    const V e = exp2_product<F>(x, c);
     s[0] += e;
-    s[1] += exp_or_zero<F>(y, c);
+    s[1] += exp2_product<F>(y, c);
     s[2] += zero_where_dead<F>(x, e * (x - y));
   });
   const double p_mass = sum[0], q_mass = sum[1];
@@ -157,8 +157,8 @@ KLRowLosses forward_row(const KLBottleneck& k, const RowPair<F>& r, RowStats<F>&
       x -= pm;
       y -= qm;
       const V log_p = x * t - p_log, log_q = y * t - q_log, log_m = mixture.log_m(log_p, log_q);
-      s[0] += zero_where_dead<F>(x, exp_or_zero<F>(x, c) * one_p * (log_p - log_m));
-      s[1] += zero_where_dead<F>(y, exp_or_zero<F>(y, c) * one_q * (log_q - log_m));
+      s[0] += zero_where_dead<F>(x, exp2_product<F>(x, c) * one_p * (log_p - log_m));
+      s[1] += zero_where_dead<F>(y, exp2_product<F>(y, c) * one_q * (log_q - log_m));
     });
     stats.p_divergence = F(parts[0]);
     stats.q_divergence = F(parts[1]);
@@ -182,7 +182,7 @@ template <class F>
 void add_cross_entropy(F* dst, const F* row, F max, F scale, double factor, const RowPair<F>& r) {
   const Vec<F> m = broadcast(max), f = broadcast(F(factor) * scale), c = broadcast(kLog2E<F>);
   along<F>(row, row, 0, r.n, [&](Vec<F> x, Vec<F>, int64_t i, int64_t lanes) {
-    const Vec<F> g = f * exp_or_zero<F>(x - m, c);
+    const Vec<F> g = f * exp2_product<F>(x - m, c);
     lanes == kLanes<F> ? store<F>(dst + i, load(dst + i) + g)
                        : store_part<F>(dst + i, load_part(dst + i, lanes, F(0)) + g, lanes);
   });
@@ -213,9 +213,9 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
     along<F>(r.p, r.q, 0, r.n, [&](V x, V y, int64_t i, int64_t lanes) {
       x -= pm;
       y -= qm;
-      const V p = exp_or_zero<F>(x, c) * one_p;
+      const V p = exp2_product<F>(x, c) * one_p;
       if constexpr (kNeedP) put(dp, i, p * fma(a, zero_where_dead<F>(x, zero_where_dead<F>(y, x - y)), b), lanes);
-      if constexpr (kNeedQ) put(dq, i, fma(exp_or_zero<F>(y, c) * one_q, e, -p * f), lanes);
+      if constexpr (kNeedQ) put(dq, i, fma(exp2_product<F>(y, c) * one_q, e, -p * f), lanes);
     });
   } else {
     const Mixture<F> mixture(k.beta);
@@ -229,11 +229,11 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
       y -= qm;
       const V log_p = x * t - p_log, log_q = y * t - q_log, log_m = mixture.log_m(log_p, log_q);
       if constexpr (kNeedP) {
-        const V p = exp_or_zero<F>(x, c) * one_p;
+        const V p = exp2_product<F>(x, c) * one_p;
         put(dp, i, p * fma(a, zero_where_dead<F>(x, log_p - log_m - b), p_add), lanes);
       }
       if constexpr (kNeedQ) {
-        const V q = exp_or_zero<F>(y, c) * one_q;
+        const V q = exp2_product<F>(y, c) * one_q;
         put(dq, i, q * fma(e, zero_where_dead<F>(y, log_q - log_m - f), q_add), lanes);
       }
     });

@@ -35,48 +35,50 @@ template <class F>
 struct ForwardScratch {
   static constexpr int V = kLanes<F>;
   Scratch memory;
-  F *u, *delta;           // [token][lane], where a tile is not read in place
-  Prepared<F> now, next;  // the block being scanned, and the one after it
-  F *A, *B, *C, *h;       // [block][state][lane]; A times log2(e)
-  int64_t* state_offset;  // 0, 1, 2, ...
-  int64_t dense[kTile];   // offsets of the tokens in such a buffer
+  F *u, *delta;                // [token][lane], where a tile is not read in place
+  Prepared<F> now, next;       // the block being scanned, and the one after it
+  F *A, *B, *C, *h;            // [block][state][lane]; A times log2(e)
+  int64_t* state_offset;       // 0, 1, 2, ...
+  int64_t dense[kMostTokens];  // offsets of the tokens in such a buffer
   ChannelBlock* block;
 
   ForwardScratch(int64_t states, int64_t blocks)
-      : memory(8 * Scratch::bytes<F>(kTile * V) + 4 * Scratch::bytes<F>(blocks * states * V) + Scratch::bytes<int64_t>(states) +
-               Scratch::bytes<ChannelBlock>(blocks)) {
-    for (F** p : {&u, &delta, &now.dt, &now.dtu, &now.y, &next.dt, &next.dtu, &next.y}) *p = memory.take<F>(kTile * V);
+      : memory(8 * Scratch::bytes<F>(kMostTokens * V) + 4 * Scratch::bytes<F>(blocks * states * V) +
+               Scratch::bytes<int64_t>(states) + Scratch::bytes<ChannelBlock>(blocks)) {
+    for (F** p : {&u, &delta, &now.dt, &now.dtu, &now.y, &next.dt, &next.dtu, &next.y}) *p = memory.take<F>(kMostTokens * V);
     for (F** p : {&A, &B, &C, &h}) *p = memory.take<F>(blocks * states * V);
     state_offset = memory.take<int64_t>(states);
     for (int64_t n = 0; n < states; ++n) state_offset[n] = n;
-    for (int t = 0; t < kTile; ++t) dense[t] = t * V;
+    for (int t = 0; t < kMostTokens; ++t) dense[t] = t * V;
     block = memory.take<ChannelBlock>(blocks);
   }
 };
 
-// Advances `kStates` states through the tokens of a tile and adds their share to p.y, calling also(t) for every token. A
-// function of its own so that the registers are all its own; decays in pairs, for one's arithmetic is a single long chain.
+// Advances `kStates` states, the first of which A and h point to, through the tokens of a tile, calling also(t) for every token.
+// What they add to p.y goes to rows out + offset[t]. A function of its own so that the registers are all its own; decays in
+// pairs, for one's arithmetic is a single long chain.
 template <int kStates, class F, class BAt, class CAt, class Also>
 __attribute__((noinline)) void scan_tile(const F* A, F* h, const Prepared<F>& p, int count, const BAt& B, const CAt& C,
-                                         int64_t first, const Also& also) {
+                                         int64_t first, F* out, const int64_t* offset, Also also) {
   constexpr int V = kLanes<F>, kPair = kStates > 1 ? 2 : 1;
   Vec<F> state[kStates];
-  IUMAD_UNROLL for (int n = 0; n < kStates; ++n) state[n] = load(h + (first + n) * V);
+  IUMAD_UNROLL for (int n = 0; n < kStates; ++n) state[n] = load(h + n * V);
   for (int t = 0; t < count; ++t) {
     also(t);
+    const F *b = B.from(t, first), *c = C.from(t, first);
     const Vec<F> step = load(p.dt + t * V), input = load(p.dtu + t * V);
     Vec<F> sum[kPair] = {load(p.y + t * V)};
     IUMAD_UNROLL for (int n = 0; n < kStates; n += kPair) {
       Vec<F> decay[kPair];
-      IUMAD_UNROLL for (int i = 0; i < kPair; ++i) decay[i] = exp2_product<F>(step, load(A + (first + n + i) * V));
+      IUMAD_UNROLL for (int i = 0; i < kPair; ++i) decay[i] = exp2_product<F>(step, load(A + (n + i) * V));
       IUMAD_UNROLL for (int i = 0; i < kPair; ++i) {
-        state[n + i] = fma(decay[i], state[n + i], input * B(t, first + n + i));
-        sum[i] = fma(state[n + i], C(t, first + n + i), sum[i]);
+        state[n + i] = fma(decay[i], state[n + i], input * B.value(b, n + i));
+        sum[i] = fma(state[n + i], C.value(c, n + i), sum[i]);
       }
     }
-    store<F>(p.y + t * V, kPair > 1 ? sum[0] + sum[kPair - 1] : sum[0]);
+    store<F>(out + offset[t], kPair > 1 ? sum[0] + sum[kPair - 1] : sum[0]);
   }
-  IUMAD_UNROLL for (int n = 0; n < kStates; ++n) store<F>(h + (first + n) * V, state[n]);
+  IUMAD_UNROLL for (int n = 0; n < kStates; ++n) store<F>(h + n * V, state[n]);
 }
 
 // The parameters and the initial state of one channel block.
@@ -110,6 +112,7 @@ void load_block_state(const SelectiveScan& s, int64_t k, const ChannelBlock& b, 
 template <class F>
 void store_last_state(const SelectiveScan& s, int64_t k, const ChannelBlock& b, const F* h, const int64_t* state_offset) {
   const StateView& v = s.last_state;
+  if (v.data == nullptr) return;
   void* data = at(v.data, v.dtype, b.batch * v.batch + k * v.direction + b.channel * v.channel);
   if (v.state == 1) {
     store_block<F>(h, data, v.dtype, state_offset, s.states, v.channel, b.lanes);
@@ -170,7 +173,13 @@ __attribute__((noinline)) void prepare(const SelectiveScan& s, int64_t k, const 
   }
   const Vec<F> bias = load_channels<F>(s.delta_bias, s, k, b), skip = load_channels<F>(s.D, s, k, b);
   for (int t = 0; t < tile.tokens.count; ++t) {
-    const Vec<F> ut = u[t], x = delta[t] + bias, dt = s.delta_softplus ? softplus<F>(x).value : x;
+    const Vec<F> x = delta[t] + bias;
+    store<F>(p.dt + t * V, x);
+    store<F>(p.dtu + t * V, exp<F>(-abs<F>(x)));
+  }
+  for (int t = 0; t < tile.tokens.count; ++t) {
+    const Vec<F> ut = u[t], x = load(p.dt + t * V);
+    const Vec<F> dt = s.delta_softplus ? softplus<F>(x, load(p.dtu + t * V)).value : x;
     store<F>(p.dt + t * V, dt);
     store<F>(p.dtu + t * V, dt * ut);
     store<F>(p.y + t * V, skip * ut);
@@ -191,12 +200,16 @@ void gate(const TileView& view, const ChannelBlock& b, F* y, F* z) {
 // The tokens of a direction for the `blocks` channel blocks in m.block.
 template <class F, bool kConstantB, bool kConstantC>
 void scan_tokens(const SelectiveScan& s, int64_t k, const ScanDirection& direction, int64_t blocks, ForwardScratch<F>& m) {
-  const int64_t batch = m.block[0].batch, block_size = s.states * kLanes<F>;
-  ForwardTile tile(s, TokenTile(direction, 0), batch, k);
+  constexpr int V = kLanes<F>;
+  const int64_t batch = m.block[0].batch, block_size = s.states * V;
+  const bool again = k > 0 && s.order.overlaps();  // an earlier direction has written these pixels
+  const bool plain = !s.z.data && !again && s.out.dtype == (sizeof(F) == 8 ? DType::kFloat64 : DType::kFloat32);
+  const int tokens = s.tile_states ? kTile : kMostTokens;
+  ForwardTile tile(s, TokenTile(direction, 0, tokens), batch, k);
   prepare<F>(s, k, tile, m.block[0], m.next, m);
-  for (int64_t first = 0; first < direction.length; first += kTile) {
-    const bool last = first + kTile >= direction.length;
-    const ForwardTile next(s, TokenTile(direction, last ? first : first + kTile), batch, k);
+  for (int64_t first = 0; first < direction.length; first += tokens) {
+    const bool last = first + tokens >= direction.length;
+    const ForwardTile next(s, TokenTile(direction, last ? first : first + tokens, tokens), batch, k);
     auto B = coefficients<F, kConstantB>(s.B, m.B, tile.tokens, k, m.block[0]);
     auto C = coefficients<F, kConstantC>(s.C, m.C, tile.tokens, k, m.block[0]);
     for (int64_t i = 0; i < blocks; ++i) {
@@ -213,16 +226,22 @@ void scan_tokens(const SelectiveScan& s, int64_t k, const ScanDirection& directi
       const ChannelBlock& later_block = m.block[here ? i + kAhead : (i + kAhead) % blocks];
       const Prefetch<false> u(later.u, later_block), delta(later.delta, later_block), z(later.z, later_block);
       const Prefetch<true> out(later.out, later_block);
-      F* h = m.h + i * block_size;
+      F *h = m.h + i * block_size, *A = m.A + i * block_size;
       if (s.tile_states) save_tile_states<F>(h, s, k, first / kTile, m.block[i]);
       B.block = m.B + i * block_size;
       C.block = m.C + i * block_size;
+      // The last run of states writes the tokens where they belong, unless something is still to be done with them.
+      const bool finishes = plain && in_place<F>(tile.out, m.block[i]);
       for_state_runs<kRun>(s.states, [&](auto run, int64_t n) {
-        const auto scan = [&](const auto& also) {
-          scan_tile<decltype(run)::value, F>(m.A + i * block_size, h, m.now, tile.tokens.count, B, C, n, also);
+        constexpr int kStates = decltype(run)::value;
+        const bool out_now = finishes && n + kStates == s.states;
+        F* y = out_now ? reinterpret_cast<F*>(tile.out.block(m.block[i])) : m.now.y;
+        const int64_t* offset = out_now ? tile.out.offset : m.dense;
+        const auto scan = [&](auto also) {
+          scan_tile<kStates, F>(A + n * V, h + n * V, m.now, tile.tokens.count, B, C, n, y, offset, also);
         };
         if (n == 0) {
-          scan([&](int t) __attribute__((always_inline)) {
+          scan([ u, delta, z, out ](int t) __attribute__((always_inline)) {
             u(t);
             delta(t);
             z(t);
@@ -232,8 +251,9 @@ void scan_tokens(const SelectiveScan& s, int64_t k, const ScanDirection& directi
           scan([](int) {});
         }
       });
+      if (finishes) continue;
       if (s.z.data) gate<F>(tile.z, m.block[i], m.now.y, m.now.dt);
-      store_tokens<F>(m.now.y, tile.out, m.block[i], k > 0 && s.order.overlaps());
+      store_tokens<F>(m.now.y, tile.out, m.block[i], again);
     }
     tile = next;
   }

@@ -51,7 +51,7 @@ struct SelectiveScan {
   const void *A, *D,
       *delta_bias;  // (directions, dim, states) and twice (directions, dim), contiguous, compute type; D, bias may be null
   ProjectionView B, C;
-  StateView initial_state, last_state;  // data may be null
+  StateView initial_state, last_state;  // data may be null (on a GPU the last state's may not)
   void* tile_states;  // (batch, directions, chunks, tiles, states, kScanChunk) compute type, contiguous; may be null in forward
 
   IUMAD_HOST_DEVICE int64_t tiles(int64_t tile = kScanTile) const { return (order.max_length() + tile - 1) / tile; }

@@ -60,17 +60,19 @@ void clear_lanes(F* p, int64_t rows, int first) {
 template <int kStates, bool kNeedY, class F, class BAt, class CAt>
 inline void recompute(BackwardScratch<F>& m, const F* A, int count, const BAt& B, const CAt& C, int64_t first) {
   constexpr int V = kLanes<F>;
+  A += first * V;
   Vec<F> state[kStates];
   IUMAD_UNROLL for (int n = 0; n < kStates; ++n) state[n] = load(m.h + n * V);
   for (int t = 0; t < count; ++t) {
+    const F *b = B.from(t, first), *c = C.from(t, first);
     const Vec<F> step = load(m.dt + t * V), input = load(m.dtu + t * V);
     Vec<F> y = kNeedY ? load(m.y + t * V) : Vec<F>{};
     IUMAD_UNROLL for (int n = 0; n < kStates; ++n) {
-      const Vec<F> decay = exp2_product<F>(step, load(A + (first + n) * V));
-      state[n] = fma(decay, state[n], input * B(t, first + n));
+      const Vec<F> decay = exp2_product<F>(step, load(A + n * V));
+      state[n] = fma(decay, state[n], input * B.value(b, n));
       store<F>(m.decay + (t * kStates + n) * V, decay);
       store<F>(m.h + ((t + 1) * kStates + n) * V, state[n]);
-      if constexpr (kNeedY) y = fma(state[n], C(t, first + n), y);
+      if constexpr (kNeedY) y = fma(state[n], C.value(c, n), y);
     }
     if constexpr (kNeedY) store<F>(m.y + t * V, y);
   }
@@ -81,33 +83,35 @@ template <int kStates, bool kConstantB, bool kConstantC, class F, class BAt, cla
 inline void adjoint(BackwardScratch<F>& m, const F* A, F* g, F* dA, F* dBc, F* dCc, int64_t states, int count, const BAt& B,
                     const CAt& C, int64_t first) {
   constexpr int V = kLanes<F>;
+  A += first * V, g += first * V, dA += first * V, dBc += first * V, dCc += first * V;
   Vec<F> gradient[kStates], sum_dA[kStates];
   IUMAD_UNROLL for (int n = 0; n < kStates; ++n) {
-    gradient[n] = load(g + (first + n) * V);
-    sum_dA[n] = load(dA + (first + n) * V);
+    gradient[n] = load(g + n * V);
+    sum_dA[n] = load(dA + n * V);
   }
   for (int t = count - 1; t >= 0; --t) {
     const Vec<F> step = load(m.dt + t * V), input = load(m.dtu + t * V), dy = load(m.dy + t * V);
+    const F *b = B.from(t, first), *c = C.from(t, first);
+    F *tile_dB = m.dB + (t * states + first) * V, *tile_dC = m.dC + (t * states + first) * V;
     Vec<F> sA = load(m.sA + t * V), sB = load(m.sB + t * V);
     IUMAD_UNROLL for (int n = 0; n < kStates; ++n) {
       const Vec<F> before = load(m.h + (t * kStates + n) * V), after = load(m.h + ((t + 1) * kStates + n) * V);
-      F* dC = kConstantC ? dCc + (first + n) * V : m.dC + (t * states + first + n) * V;
-      F* dB = kConstantB ? dBc + (first + n) * V : m.dB + (t * states + first + n) * V;
-      const Vec<F> gn = fma(dy, C(t, first + n), gradient[n]);
+      F *dC = (kConstantC ? dCc : tile_dC) + n * V, *dB = (kConstantB ? dBc : tile_dB) + n * V;
+      const Vec<F> gn = fma(dy, C.value(c, n), gradient[n]);
       store<F>(dC, fma(dy, after, load(dC)));
       store<F>(dB, fma(gn, input, load(dB)));
-      sB = fma(gn, B(t, first + n), sB);
+      sB = fma(gn, B.value(b, n), sB);
       gradient[n] = gn * load(m.decay + (t * kStates + n) * V);
       const Vec<F> q = gradient[n] * before;
       sum_dA[n] = fma(q, step, sum_dA[n]);
-      sA = fma(q, load(A + (first + n) * V), sA);
+      sA = fma(q, load(A + n * V), sA);
     }
     store<F>(m.sA + t * V, sA);
     store<F>(m.sB + t * V, sB);
   }
   IUMAD_UNROLL for (int n = 0; n < kStates; ++n) {
-    store<F>(g + (first + n) * V, gradient[n]);
-    store<F>(dA + (first + n) * V, sum_dA[n]);
+    store<F>(g + n * V, gradient[n]);
+    store<F>(dA + n * V, sum_dA[n]);
   }
 }
 
@@ -141,7 +145,12 @@ void finish_delta(F* dt, F* slope, const SelectiveScan& s, int count, Vec<F> bia
   constexpr int V = kLanes<F>;
   for (int t = 0; t < count; ++t) {
     const Vec<F> x = load(dt + t * V) + bias;
-    const Softplus<F> y = s.delta_softplus ? softplus<F>(x) : Softplus<F>{x, broadcast(F(1))};
+    store<F>(dt + t * V, x);
+    store<F>(slope + t * V, exp<F>(-abs<F>(x)));
+  }
+  for (int t = 0; t < count; ++t) {
+    const Vec<F> x = load(dt + t * V);
+    const Softplus<F> y = s.delta_softplus ? softplus<F>(x, load(slope + t * V)) : Softplus<F>{x, broadcast(F(1))};
     store<F>(dt + t * V, y.value);
     store<F>(slope + t * V, y.derivative);
   }
@@ -274,7 +283,7 @@ void backward_direction(const SelectiveScan& s, const SelectiveScanGradients& d,
 
   const int64_t tiles = (direction.length + kTile - 1) / kTile;
   for (int64_t index = tiles - 1; index >= 0; --index) {
-    const BackwardTile views(s, d, TokenTile(direction, index * kTile), batch, k);
+    const BackwardTile views(s, d, TokenTile(direction, index * kTile, kTile), batch, k);
     const TokenTile& tile = views.tokens;
     clear(m.dB, tile.count * block_size);
     clear(m.dC, tile.count * block_size);

@@ -8,7 +8,8 @@
 
 namespace iumad::IUMAD_ISA {
 
-constexpr int kTile = kScanTile;
+constexpr int kTile = kScanTile;        // tokens at a time where states are saved or read
+constexpr int kMostTokens = 2 * kTile;  // and where they are not: what is done once per tile is done half as often
 
 // A vector's worth of neighbouring channels inside one group of B and C.
 struct ChannelBlock {
@@ -28,16 +29,16 @@ ChannelBlock channel_block(const SelectiveScan& s, int64_t batch, int64_t group,
   return {batch, group, group * size + first, int(left < kLanes<F> ? left : kLanes<F>)};
 }
 
-// The pixels of up to kTile consecutive tokens of a direction.
+// The pixels of up to `most` consecutive tokens of a direction.
 struct TokenTile {
   int count;
   bool straight;  // all in one inner loop: neighbours are one inner step apart
   int64_t inner_row, inner_column;
-  int64_t row[kTile], column[kTile];
+  int64_t row[kMostTokens], column[kMostTokens];
 
-  TokenTile(const ScanDirection& d, int64_t first) {
+  TokenTile(const ScanDirection& d, int64_t first, int most) {
     const int64_t left = d.length - first;
-    count = int(left < kTile ? left : kTile);
+    count = int(left < most ? left : most);
     int64_t outer = first / d.inner, inner = first % d.inner;
     straight = inner + count <= d.inner;
     inner_row = d.inner_row;
@@ -65,9 +66,9 @@ struct TileView {
   const TokenView* view;
   char* data;  // of the tile's batch entry and direction; null where the tensor is absent
   int count;
-  int step;               // as unit_step
-  int64_t offset[kTile];  // of token t, in elements
-  int64_t line[kTile];    // bytes from a block's first channel to cache lines its tokens lie in, see prefetch
+  int step;                     // as unit_step
+  int64_t offset[kMostTokens];  // of token t, in elements
+  int64_t line[kMostTokens];    // bytes from a block's first channel to cache lines its tokens lie in, see prefetch
 
   TileView(const TokenView& v, const TokenTile& tile, int64_t batch, int64_t k)
       : view(&v), data(nullptr), count(tile.count), step(0), offset{}, line{} {
@@ -77,15 +78,15 @@ struct TileView {
     if (tile.straight) {
       step = difference == 1 || difference == -1 ? int(difference) : 0;
       const int64_t first = tile.row[0] * v.row + tile.column[0] * v.column;
-      for (int t = 0; t < kTile; ++t) offset[t] = first + t * difference;  // constant trip count: a few vector additions
+      for (int t = 0; t < kMostTokens; ++t) offset[t] = first + t * difference;  // constant trip count: a few vector additions
     } else {
       for (int t = 0; t < tile.count; ++t) offset[t] = tile.row[t] * v.row + tile.column[t] * v.column;
     }
     const int64_t size = size_of(v.dtype), last = count > 0 ? count - 1 : 0;
     if (v.channel == 1) {
-      for (int t = 0; t < kTile; ++t) line[t] = offset[t < last ? t : last] * size;
+      for (int t = 0; t < kMostTokens; ++t) line[t] = offset[t < last ? t : last] * size;
     } else {  // a line per channel: the last token's, for the first token's may have come with the tile before
-      for (int t = 0; t < kTile; ++t) line[t] = (offset[last] + t * v.channel) * size;
+      for (int t = 0; t < kMostTokens; ++t) line[t] = (offset[last] + t * v.channel) * size;
     }
   }
 
@@ -200,16 +201,12 @@ void load_tile_states(F* h, const SelectiveScan& s, int64_t k, int64_t tile, con
 // vector (a constant projection's [state][lane] block).
 template <class F, bool kConstant>
 struct Coefficients {
-  const F* row[kTile];  // per token; unused when constant
-  const F* block;       // [state][lane]; unused when varying
+  const F* row[kMostTokens];  // per token; unused when constant
+  const F* block;             // [state][lane]; unused when varying
 
-  Vec<F> operator()(int token, int64_t state) const {
-    if constexpr (kConstant) {
-      return load(block + state * kLanes<F>);
-    } else {
-      return broadcast(row[token][state]);
-    }
-  }
+  // Those of a token from a state on, which follow at constant distances.
+  const F* from(int token, int64_t first) const { return kConstant ? block + first * kLanes<F> : row[token] + first; }
+  static Vec<F> value(const F* from, int n) { return kConstant ? load(from + n * kLanes<F>) : broadcast(from[n]); }
 };
 
 template <class F, bool kConstant>

@@ -21,13 +21,13 @@ void run_forward(const SelectiveScan& s) {
 ForwardResults forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
                        const std::optional<Tensor>& D, const std::optional<Tensor>& z, const std::optional<Tensor>& delta_bias,
                        const std::optional<Tensor>& initial_state, int64_t scheme, int64_t step, bool delta_softplus,
-                       bool save_states) {
+                       bool save_states, bool want_last_state) {
   SelectiveScan s = describe(u, delta, A, B, C, D, z, delta_bias, scheme, step, delta_softplus);
   Tensor out = result_like(s, u);
-  Tensor last_state = empty(u, {s.batch, s.order.directions(), s.dim, s.states}, compute_type(s));
+  Tensor last_state = empty(u, want_last_state ? last_state_shape(s) : Shape{0}, compute_type(s));
   Tensor tile_states = save_states ? new_tile_states(s, u) : empty(u, {0}, compute_type(s));
   s.out = grid_view(out);
-  s.last_state = state_view(last_state);
+  if (want_last_state) s.last_state = state_view(last_state);
   if (initial_state) s.initial_state = state_view(*initial_state);
   if (save_states) s.tile_states = tile_states.data_ptr();
   run_forward(s);
@@ -79,7 +79,7 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_las
 STABLE_TORCH_LIBRARY_FRAGMENT(iumad, m) {
   m.def(
       "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-      "Tensor? initial_state, int scheme, int step, bool delta_softplus, bool save_states) "
+      "Tensor? initial_state, int scheme, int step, bool delta_softplus, bool save_states, bool want_last_state=True) "
       "-> (Tensor out, Tensor last_state, Tensor tile_states)");
   m.def(
       "selective_scan_backward(Tensor grad_out, Tensor? grad_last_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "

@@ -52,6 +52,8 @@ inline SelectiveScan describe(const Tensor& u, const Tensor& delta, const Tensor
   return s;
 }
 
+inline Shape last_state_shape(const SelectiveScan& s) { return {s.batch, s.order.directions(), s.dim, s.states}; }
+
 inline ScalarType compute_type(const SelectiveScan& s) { return s.is_double ? ScalarType::Double : ScalarType::Float; }
 
 // Directions that meet at a pixel add up there; 16-bit results are added up in float32 and rounded once.

@@ -15,18 +15,18 @@ void run_forward(const SelectiveScan& s, const CudaContext& cuda) {
 ForwardResults forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
                        const std::optional<Tensor>& D, const std::optional<Tensor>& z, const std::optional<Tensor>& delta_bias,
                        const std::optional<Tensor>& initial_state, int64_t scheme, int64_t step, bool delta_softplus,
-                       bool save_states) {
+                       bool save_states, bool want_last_state) {
   const CudaContext cuda(u);
   SelectiveScan s = describe(u, delta, A, B, C, D, z, delta_bias, scheme, step, delta_softplus);
   Tensor out = result_like(s, u);
-  Tensor last_state = empty(u, {s.batch, s.order.directions(), s.dim, s.states}, compute_type(s));
+  Tensor last_state = empty(u, last_state_shape(s), compute_type(s));  // between two tiles the kernel keeps its states there
   Tensor tile_states = empty(u, save_states ? tile_states_shape(s) : Shape{0}, compute_type(s));
   s.out = grid_view(out);
   s.last_state = state_view(last_state);
   if (initial_state) s.initial_state = state_view(*initial_state);
   if (save_states) s.tile_states = tile_states.data_ptr();
   run_forward(s, cuda);
-  return {finished(out, u), last_state, tile_states};
+  return {finished(out, u), want_last_state ? last_state : empty(u, {0}, compute_type(s)), tile_states};
 }
 
 // One token; the state is read and written in place.

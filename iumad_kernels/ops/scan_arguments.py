@@ -23,14 +23,16 @@ def check_parameters(
     """Checks what depends on dim alone; returns N."""
     if dim:
         check_divides(op, "rows of delta", delta_rows, "dim", dim)
-    K: tuple[tuple[int, ...], ...] = ((),) if directions is None else ((), (directions,))
-    both = "" if directions is None else " or (K, dim{})"
-    check_shape(op, "A", A, *((*k, dim, None) for k in K), legend="(dim, N)" + both.format(", N"))
+    shapes: tuple[tuple[int, ...], ...] = ((dim,),) if directions is None else ((dim,), (directions, dim))
+    legend = (
+        ("(dim, N)", "(dim,)") if directions is None else ("(dim, N) or (K, dim, N)", "(dim,) or (K, dim)")
+    )
+    check_shape(op, "A", A, *((*shape, None) for shape in shapes), legend=legend[0])
     states = A.shape[-1]
     if states < 1:
         raise ValueError(f"{op}: A has shape {tuple(A.shape)}: N = 0, expected N >= 1")
-    for name, t in (("D", D), ("delta_bias", delta_bias)):
-        check_shape(op, name, t, *((*k, dim) for k in K), legend="(dim,)" + both.format(""))
+    check_shape(op, "D", D, *shapes, legend=legend[1])
+    check_shape(op, "delta_bias", delta_bias, *shapes, legend=legend[1])
     return states
 
 
@@ -48,31 +50,37 @@ def compute_dtype(u: Tensor) -> torch.dtype:
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
+def in_dtype(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """``p.to(dtype)``, without a call into torch where nothing changes."""
+    return p if p.dtype == dtype else p.to(dtype)
+
+
 def parameter(p: Tensor, directions: int, compute: torch.dtype, plain_dims: int = 1) -> Tensor:
     """A parameter, with or without its K dimension, as (K, ...) in the compute dtype, contiguous."""
-    p = p.to(compute)
+    p = in_dtype(p, compute)
     if p.dim() == plain_dims:
         p = p.unsqueeze(0) if directions == 1 else p.expand(directions, *p.shape)
-    return p.contiguous()
+    return p if p.is_contiguous() else p.contiguous()
 
 
 def rows_of(p: Tensor, compute: torch.dtype) -> Tensor:
     """The kernels read N, the last dimension, with stride 1, in the compute dtype."""
-    p = p.to(compute)
+    p = in_dtype(p, compute)
     return p if p.stride(-1) == 1 or p.shape[-1] == 1 else p.contiguous()
 
 
 def scan(
-    tensors: tuple[Tensor | None, ...], scheme: str, step: int, delta_softplus: bool
+    tensors: tuple[Tensor | None, ...], scheme: str, step: int, delta_softplus: bool, want_last_state: bool
 ) -> tuple[Tensor, Tensor]:
-    """torch.ops.iumad.selective_scan: output and last state. Calls without gradients go past the registration of autograd."""
-    number = SCHEMES.index(scheme)
+    """torch.ops.iumad.selective_scan: output and last state, the latter empty unless wanted.
+
+    Calls without gradients go past the registration of autograd.
+    """
     save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    arguments = (*tensors, SCHEMES.index(scheme), step, delta_softplus, save_states, want_last_state)
     if save_states or torch.compiler.is_compiling():
-        out, last_state, _ = torch.ops.iumad.selective_scan(
-            *tensors, number, step, delta_softplus, save_states
-        )
+        out, last_state, _ = torch.ops.iumad.selective_scan(*arguments)
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            out, last_state, _ = torch.ops.iumad.selective_scan(*tensors, number, step, delta_softplus, False)
+            out, last_state, _ = torch.ops.iumad.selective_scan(*arguments)
     return out, last_state

@@ -110,7 +110,7 @@ def selective_scan(
     compute = compute_dtype(u)
     arguments = (
         u.unsqueeze(2),
-        delta.view(batch, 1, delta.shape[1], 1, length),
+        delta.unsqueeze(1).unsqueeze(3),
         parameter(A, 1, compute, plain_dims=2),
         _sequence_projection(B, compute),
         _sequence_projection(C, compute),
@@ -119,17 +119,18 @@ def selective_scan(
         None if delta_bias is None else parameter(delta_bias, 1, compute),
         None if initial_state is None else initial_state.unsqueeze(1),
     )
-    out, last_state = scan(arguments, "row_reverse" if reverse else "row", 1, delta_softplus)
-    return (out.squeeze(2), last_state.squeeze(1)) if return_last_state else out.squeeze(2)
+    scheme = "row_reverse" if reverse else "row"
+    out, last_state = scan(arguments, scheme, 1, delta_softplus, want_last_state=return_last_state)
+    out = out.squeeze(2)
+    return (out, last_state.squeeze(1)) if return_last_state else out
 
 
 def _sequence_projection(p: Tensor, compute: torch.dtype) -> Tensor:
     """B or C as (batch, 1, groups, 1, length, N), or (1, dim, N) where constant."""
     if p.dim() == 2:
-        return p.unsqueeze(0).to(compute).contiguous()
-    *outer, states, length = p.shape
-    batch, groups = outer[0], outer[1] if len(outer) > 1 else 1
-    return rows_of(p.transpose(-1, -2), compute).view(batch, 1, groups, 1, length, states)
+        return parameter(p, 1, compute, plain_dims=2)
+    p = rows_of(p.transpose(-1, -2), compute).unsqueeze(-3).unsqueeze(1)
+    return p if p.dim() == 6 else p.unsqueeze(1)
 
 
 def _max_length(scheme: int, step: int, H: int, W: int) -> int:
@@ -151,6 +152,7 @@ def _fake(
     step: int,
     delta_softplus: bool,
     save_states: bool,
+    want_last_state: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, dim, H, W = u.shape
     K, _, N = A.shape
@@ -164,7 +166,7 @@ def _fake(
         shape = (batch, K, -(-dim // _CHUNK), -(-length // _TILE), N, _CHUNK)
     return (
         torch.empty_like(u),
-        u.new_empty((batch, K, dim, N), dtype=compute),
+        u.new_empty((batch, K, dim, N) if want_last_state else (0,), dtype=compute),
         u.new_empty(shape, dtype=compute),
     )
 
@@ -221,10 +223,10 @@ def _fake_update(state: Tensor, u: Tensor, *rest: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, scheme, step, delta_softplus, _ = inputs
+    *tensors, scheme, step, delta_softplus, _, want_last_state = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.flags = (scheme, step, delta_softplus)
-    ctx.mark_non_differentiable(output[2])
+    ctx.mark_non_differentiable(*output[2 if want_last_state else 1 :])
     ctx.set_materialize_grads(False)
 
 
@@ -259,10 +261,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_last_state: Tensor | None,
         None if z is None else dz,
         None if delta_bias is None else dbias,
         None if initial_state is None else dh0.to(initial_state.dtype),
-        None,
-        None,
-        None,
-        None,
+        *[None] * 5,
     )
 
 

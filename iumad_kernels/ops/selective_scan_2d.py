@@ -108,7 +108,7 @@ def selective_scan_2d(
         None if delta_bias is None else parameter(delta_bias, K, compute),
         None,
     )
-    return scan(arguments, scheme, step, delta_softplus)[0]
+    return scan(arguments, scheme, step, delta_softplus, want_last_state=False)[0]
 
 
 def directions(scheme: str, step: int = 2) -> int:

@@ -128,7 +128,8 @@ def _forward(
             z_t = z_t.to(COMPUTE)
             y *= z_t * sigmoid(z_t)
         tl.store(out + here * out_s[3], y, channel)
-    tl.store(last_state + (b * directions * dim + kd)[:, None] * N + n[None, :], h, both)
+    if last_state is not None:
+        tl.store(last_state + (b * directions * dim + kd)[:, None] * N + n[None, :], h, both)
 
 
 def blocks(op: str, scans: int, channels: int, states: int, least: int) -> dict[str, int]:
@@ -201,6 +202,7 @@ def forward(
     step: int,
     delta_softplus: bool,
     save_states: bool,
+    want_last_state: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch.ops.iumad.selective_scan. Directions that meet at a pixel write parts of their own, added up in order."""
     (batch, _, H, W), (K, dim, N) = u.shape, A.shape
@@ -210,14 +212,15 @@ def forward(
     tile_states = u.new_empty(
         (batch, K, -(-dim // CHUNK.value), tiles, N, CHUNK.value) if save_states else (0,), dtype=dtype
     )
-    last_state = u.new_empty((batch, K, dim, N), dtype=dtype)
+    last_state = u.new_empty((batch, K, dim, N) if want_last_state else (0,), dtype=dtype)
     meet = overlapping(scheme)
     out = parts(common["u"], K if meet else 1, dtype if meet else u.dtype)
     size = blocks("selective_scan", batch * K * dim, dim // common["groups"], N, least=4)
     launch(
         _forward, batch * K * common["groups"] * -(-(dim // common["groups"]) // size["BLOCK_D"]), u, **common,
         D=D, delta_bias=delta_bias, initial_state=initial_state, h_s=None if initial_state is None else initial_state.stride(),
-        out=out, out_s=strides(out, 0), last_state=last_state, tile_states=tile_states if save_states else None,
+        out=out, out_s=strides(out, 0), last_state=last_state if want_last_state else None,
+        tile_states=tile_states if save_states else None,
         tiles=tiles, step=step, SCHEME=scheme, SOFTPLUS=delta_softplus, TILE=TILE, COMPUTE=compute, **size,
     )  # fmt: skip
     return finished(out, u), last_state, tile_states

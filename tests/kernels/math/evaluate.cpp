@@ -14,8 +14,9 @@ Vec<F> apply(const char* name, Vec<F> x) {
   if (!std::strcmp(name, "log")) return iumad::IUMAD_ISA::log<F>(x);
   if (!std::strcmp(name, "cos")) return cos_sin_turns<F>(x).cos;
   if (!std::strcmp(name, "sin")) return cos_sin_turns<F>(x).sin;
-  if (!std::strcmp(name, "exp_or_zero")) return exp_or_zero<F>(x, broadcast(kLog2E<F>));
-  if (!std::strcmp(name, "exp2_product")) return exp2_product<F>(x, broadcast(F(1)));
+  if (!std::strcmp(name, "exp")) return iumad::IUMAD_ISA::exp<F>(x);
+  if (!std::strcmp(name, "exp2")) return iumad::IUMAD_ISA::exp2<F>(x);
+  if (!std::strcmp(name, "exp2_of_square")) return exp2_product<F>(x, x);
   if (!std::strcmp(name, "log1p_unit")) return log1p_unit(x);
   if (!std::strcmp(name, "reciprocal")) return reciprocal_near_one<F>(x);
   if (!std::strcmp(name, "sigmoid")) return sigmoid<F>(x);

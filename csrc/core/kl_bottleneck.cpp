@@ -41,7 +41,7 @@ inline void sum_along(const F* p, const F* q, int64_t n, double (&total)[kSums],
     Vec<F> sum[kSums] = {};
     const int64_t left = n - first;
     along<F>(p, q, first, first + (left < kBlock ? left : kBlock),
-             [&](Vec<F> x, Vec<F> y, int64_t, int64_t) { body(x, y, sum); });
+             [&](Vec<F> x, Vec<F> y, int64_t i, int64_t) { body(x, y, i, sum); });
     for (int k = 0; k < kSums; ++k) total[k] += double(sum_lanes<F>(sum[k]));
   }
 }
@@ -49,10 +49,26 @@ inline void sum_along(const F* p, const F* q, int64_t n, double (&total)[kSums],
 inline double inverse(double sum) { return sum == 0 ? 0 : 1 / sum; }  // a row without mass stays without
 inline double log_or_zero(double sum) { return sum == 0 ? 0 : __builtin_log(sum); }
 
+// Memory a row's neighbours will be read from and its gradients written to: the lines at the column in hand are asked for, since
+// rows of a few KiB end before the hardware has seen where they lead. Any of them may be null.
+template <class F>
+struct Ahead {
+  static constexpr int64_t kMostBytes = 8192;
+  const F *p = nullptr, *q = nullptr, *dp = nullptr, *dq = nullptr;
+
+  __attribute__((always_inline)) void operator()(int64_t i) const {
+    if (p) __builtin_prefetch(p + i);
+    if (q) __builtin_prefetch(q + i);
+    if (dp) __builtin_prefetch(dp + i, 1);
+    if (dq) __builtin_prefetch(dq + i, 1);
+  }
+};
+
 // One pair of rows, as both directions need it.
 template <class F>
 struct RowPair {
   const F *p, *q;
+  F *exp_p, *exp_q;  // in scratch: exp((P_j - p_max) / T), once forward has been here
   int64_t n;
   int64_t label;  // -1: none
 
@@ -67,17 +83,18 @@ template <class F>
 struct RowReader {
   const KLBottleneck& k;
   Scratch memory;
-  F *p, *q, *dp, *dq;
+  F *p, *q, *dp, *dq, *exp_p, *exp_q;
 
-  explicit RowReader(const KLBottleneck& k) : k(k), memory(4 * Scratch::bytes<F>(k.classes)) {
-    for (F** buffer : {&p, &q, &dp, &dq}) *buffer = memory.take<F>(k.classes);
+  explicit RowReader(const KLBottleneck& k) : k(k), memory(6 * Scratch::bytes<F>(k.classes)) {
+    for (F** buffer : {&p, &q, &dp, &dq, &exp_p, &exp_q}) *buffer = memory.take<F>(k.classes);
   }
 
   int64_t taken = 0;
 
   RowPair<F> read(int64_t row) {
     const bool masked = k.mask.data != nullptr;
-    RowPair<F> r{read_row<F>(k.p, row, k.classes, p, !masked), read_row<F>(k.q, row, k.classes, q, !masked), k.classes, -1};
+    RowPair<F> r{
+        read_row<F>(k.p, row, k.classes, p, !masked), read_row<F>(k.q, row, k.classes, q, !masked), exp_p, exp_q, k.classes, -1};
     if (k.labels) r.label = k.labels[row * k.label_stride];
     taken = k.classes;
     if (masked) {
@@ -109,13 +126,14 @@ struct Mixture {
 template <class F>
 double sum_exp(const F* row, F max, int64_t n) {
   double sum[1];
-  sum_along<1, F>(row, row, n, sum,
-                  [&](Vec<F> x, Vec<F>, Vec<F>(&s)[1]) { s[0] += exp2_product<F>(x - broadcast(max), broadcast(kLog2E<F>)); });
+  sum_along<1, F>(row, row, n, sum, [&](Vec<F> x, Vec<F>, int64_t, Vec<F>(&s)[1]) {
+    s[0] += exp2_product<F>(x - broadcast(max), broadcast(kLog2E<F>));
+  });
   return sum[0];
 }
 
 template <class F>
-KLRowLosses forward_row(const KLBottleneck& k, const RowPair<F>& r, RowStats<F>& stats) {
+KLRowLosses forward_row(const KLBottleneck& k, const RowPair<F>& r, const Ahead<F>& ahead, RowStats<F>& stats) {
   using V = Vec<F>;
   V p_max = broadcast(-kInf<F>), q_max = p_max;
   along<F>(r.p, r.q, 0, r.n, [&](V x, V y, int64_t, int64_t) {
@@ -128,13 +146,16 @@ KLRowLosses forward_row(const KLBottleneck& k, const RowPair<F>& r, RowStats<F>&
 
   const V pm = broadcast(stats.p_max), qm = broadcast(stats.q_max), c = broadcast(F(kLog2E<double> / k.temperature));
   double sum[3];
-  sum_along<3, F>(r.p, r.q, r.n, sum, [&](V x, V y, V(&s)[3]) {
+  sum_along<3, F>(r.p, r.q, r.n, sum, [&](V x, V y, int64_t i, V(&s)[3]) {
+    ahead(i);
     x -= pm;
     y -= qm;
-    const V e = exp2_product<F>(x, c);
-    s[0] += e;
-    s[1] += exp2_product<F>(y, c);
-    s[2] += zero_where_dead<F>(x, e * (x - y));
+    const V exp_p = exp2_product<F>(x, c), exp_q = exp2_product<F>(y, c);
+    store<F>(r.exp_p + i, exp_p);
+    store<F>(r.exp_q + i, exp_q);
+    s[0] += exp_p;
+    s[1] += exp_q;
+    s[2] += zero_where_dead<F>(x, exp_p * (x - y));
   });
   const double p_mass = sum[0], q_mass = sum[1];
   stats.p_scale = F(inverse(p_mass));
@@ -153,12 +174,12 @@ KLRowLosses forward_row(const KLBottleneck& k, const RowPair<F>& r, RowStats<F>&
     const V t = broadcast(F(1 / k.temperature)), one_p = broadcast(stats.p_scale), one_q = broadcast(stats.q_scale);
     const V p_log = broadcast(F(log_or_zero(p_mass))), q_log = broadcast(F(log_or_zero(q_mass)));
     double parts[2];
-    sum_along<2, F>(r.p, r.q, r.n, parts, [&](V x, V y, V(&s)[2]) {
+    sum_along<2, F>(r.p, r.q, r.n, parts, [&](V x, V y, int64_t i, V(&s)[2]) {
       x -= pm;
       y -= qm;
       const V log_p = x * t - p_log, log_q = y * t - q_log, log_m = mixture.log_m(log_p, log_q);
-      s[0] += zero_where_dead<F>(x, exp2_product<F>(x, c) * one_p * (log_p - log_m));
-      s[1] += zero_where_dead<F>(y, exp2_product<F>(y, c) * one_q * (log_q - log_m));
+      s[0] += zero_where_dead<F>(x, load(r.exp_p + i) * one_p * (log_p - log_m));
+      s[1] += zero_where_dead<F>(y, load(r.exp_q + i) * one_q * (log_q - log_m));
     });
     stats.p_divergence = F(parts[0]);
     stats.q_divergence = F(parts[1]);
@@ -190,8 +211,8 @@ void add_cross_entropy(F* dst, const F* row, F max, F scale, double factor, cons
 }
 
 template <class F, bool kNeedP, bool kNeedQ>
-void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>& r, const RowStats<F>& s, double gradient, F* dp,
-                  F* dq) {
+void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>& r, bool has_exponentials, const RowStats<F>& s,
+                  double gradient, F* dp, F* dq) {
   using V = Vec<F>;
   const V pm = broadcast(s.p_max), qm = broadcast(s.q_max), c = broadcast(F(kLog2E<double> / k.temperature));
   const V one_p = broadcast(s.p_scale), one_q = broadcast(s.q_scale);
@@ -200,6 +221,8 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
   // At T = 1 the cross-entropies share the softmax of the divergence and cost nothing but these constants.
   const bool share = r.label >= 0 && k.temperature == 1;
   const double p_ce = share ? d.p_cross_entropy : 0, q_ce = share ? d.q_cross_entropy : 0;
+  const auto exp_p = [&](V x, int64_t i) { return has_exponentials ? load(r.exp_p + i) : exp2_product<F>(x, c); };
+  const auto exp_q = [&](V y, int64_t i) { return has_exponentials ? load(r.exp_q + i) : exp2_product<F>(y, c); };
   const auto put = [](F* dst, int64_t i, V v, int64_t lanes) {
     lanes == kLanes<F> ? store<F>(dst + i, v) : store_part<F>(dst + i, v, lanes);
   };
@@ -213,9 +236,9 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
     along<F>(r.p, r.q, 0, r.n, [&](V x, V y, int64_t i, int64_t lanes) {
       x -= pm;
       y -= qm;
-      const V p = exp2_product<F>(x, c) * one_p;
+      const V p = exp_p(x, i) * one_p;
       if constexpr (kNeedP) put(dp, i, p * fma(a, zero_where_dead<F>(x, zero_where_dead<F>(y, x - y)), b), lanes);
-      if constexpr (kNeedQ) put(dq, i, fma(exp2_product<F>(y, c) * one_q, e, -p * f), lanes);
+      if constexpr (kNeedQ) put(dq, i, fma(exp_q(y, i) * one_q, e, -p * f), lanes);
     });
   } else {
     const Mixture<F> mixture(k.beta);
@@ -229,11 +252,11 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
       y -= qm;
       const V log_p = x * t - p_log, log_q = y * t - q_log, log_m = mixture.log_m(log_p, log_q);
       if constexpr (kNeedP) {
-        const V p = exp2_product<F>(x, c) * one_p;
+        const V p = exp_p(x, i) * one_p;
         put(dp, i, p * fma(a, zero_where_dead<F>(x, log_p - log_m - b), p_add), lanes);
       }
       if constexpr (kNeedQ) {
-        const V q = exp2_product<F>(y, c) * one_q;
+        const V q = exp_q(y, i) * one_q;
         put(dq, i, q * fma(e, zero_where_dead<F>(y, log_q - log_m - f), q_add), lanes);
       }
     });
@@ -251,16 +274,26 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
 
 template <class F>
 void put_gradients(const KLBottleneck& k, const KLGradients& d, RowReader<F>& reader, int64_t row, RowPair<F> r,
-                   const RowStats<F>& stats) {
+                   bool has_exponentials, const RowStats<F>& stats) {
   const auto run =
       d.p.data ? (d.q.data ? backward_row<F, true, true> : backward_row<F, true, false>) : backward_row<F, false, true>;
   if (reader.taken == 0) r.label = -1;
   F* dp = d.p.data ? row_target<F>(d.p, row, reader.dp) : nullptr;
   F* dq = d.q.data ? row_target<F>(d.q, row, reader.dq) : nullptr;
   const double gradient = double(static_cast<const F*>(d.divergence)[row * d.divergence_stride]) * d.divergence_scale;
-  run(k, d, r, stats, gradient, dp, dq);
+  run(k, d, r, has_exponentials, stats, gradient, dp, dq);
   if (dp) write_row<F>(d.p, row, k.classes, dp);
   if (dq) write_row<F>(d.q, row, k.classes, dq);
+}
+
+// What lies ahead of a row that is not the last.
+template <class F>
+Ahead<F> ahead_of(const KLBottleneck& k, const KLGradients* d, int64_t row) {
+  if (k.classes * int64_t(sizeof(F)) > Ahead<F>::kMostBytes) return {};
+  const auto place = [](const RowsView& v, int64_t at) -> const F* {
+    return v.data && is_plain<F>(v) ? static_cast<const F*>(v.data) + v.offset(at) : nullptr;
+  };
+  return {place(k.p, row + 1), place(k.q, row + 1), d ? place(d->p, row) : nullptr, d ? place(d->q, row) : nullptr};
 }
 
 template <class F>
@@ -269,11 +302,12 @@ void forward(const KLBottleneck& k, KLRowLosses* losses, const KLGradients* d, i
   for (int64_t row = begin; row < end; ++row) {
     RowStats<F> stats{};
     const RowPair<F> r = reader.read(row);
-    losses[row] = reader.taken > 0 ? forward_row<F>(k, r, stats) : KLRowLosses{};
+    const Ahead<F> ahead = row + 1 < end ? ahead_of<F>(k, d, row) : Ahead<F>{};
+    losses[row] = reader.taken > 0 ? forward_row<F>(k, r, ahead, stats) : KLRowLosses{};
     losses[row].taken = double(reader.taken);
     stats.taken = F(reader.taken);
     if (k.stats) static_cast<RowStats<F>*>(k.stats)[row] = stats;
-    if (d) put_gradients<F>(k, *d, reader, row, r, stats);
+    if (d) put_gradients<F>(k, *d, reader, row, r, reader.taken > 0, stats);
   }
 }
 
@@ -282,7 +316,7 @@ void backward(const KLBottleneck& k, const KLGradients& d, int64_t begin, int64_
   RowReader<F> reader(k);
   for (int64_t row = begin; row < end; ++row) {
     const RowPair<F> r = reader.read(row);
-    put_gradients<F>(k, d, reader, row, r, static_cast<const RowStats<F>*>(k.stats)[row]);
+    put_gradients<F>(k, d, reader, row, r, false, static_cast<const RowStats<F>*>(k.stats)[row]);
   }
 }
 

@@ -6,7 +6,7 @@
 //   CE_p = -log softmax(P)_label, CE_q likewise: always at T = 1
 //
 // Forward takes two passes over a row that stays in the cache (maxima, then sums) and keeps a RowStats of it; backward recomputes
-// the probabilities from the logits and that:
+// the probabilities from the logits and that, unless it runs along with forward, whose exponentials are then still in scratch:
 //
 //   KL:  dP_j = p_j (r_j - KL) / T                      dQ_j = (q_j - p_j) / T
 //   JS:  dP_j = b p_j (log(p_j / m_j) - KL[p||m]) / T   dQ_j = (1 - b) q_j (log(q_j / m_j) - KL[q||m]) / T

@@ -54,7 +54,7 @@ def dropout_keep(seed, row, first_key, keys, threshold, BLOCK_K: tl.constexpr):
     block = row.to(tl.int64) * tl.cdiv(keys, 64) + first_key // 64
     counter = 16 * block[:, None] + tl.arange(0, 16)[None, :]
     w0, w1, w2, w3 = tl.randint4x(tl.load(seed), counter)
-    # Compared before the words change threads, when they are bits.
+    # Compared first: what changes threads then is bits, not words.
     k0, k1 = _survives(w0, threshold), _survives(w1, threshold)
     k2, k3 = _survives(w2, threshold), _survives(w3, threshold)
     if BLOCK_K == 64:

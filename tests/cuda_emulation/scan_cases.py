@@ -282,12 +282,13 @@ def test_expanded_inputs() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads", [False, True])
-def test_state_update(dtype: torch.dtype, heads: bool) -> None:
-    channels = (3, 5) if heads else (15,)
-    state = torch.randn(2, *channels, 6).to(dtype)
+@pytest.mark.parametrize(
+    ("channels", "N"), [((15,), 6), ((3, 5), 16), ((39,), 19)]
+)  # 32 channels a block; vectors of states
+def test_state_update(dtype: torch.dtype, channels: tuple[int, ...], N: int) -> None:
+    state = laid_out(torch.randn(2, *channels, N).to(dtype), SLICED if N == 19 else LENGTH_LAST)
     x, dt, z = (torch.randn(2, *channels).to(dtype) for _ in range(3))
-    A, B, C = -torch.rand(*channels, 6), torch.randn(2, 3, 6), torch.randn(2, 3, 6)
+    A, B, C = -torch.rand(*channels, N), torch.randn(2, 3, N), torch.randn(2, 3, N)
     D = torch.randn(channels)
     exact = state.double()
     result = iumad_kernels.selective_state_update(state, x, dt, A, B, C, D, z, D, True)

@@ -111,6 +111,13 @@ def test_the_model_of_linear_heads_by_hand() -> None:
     assert gpu_model.fused_linear_kl(4096, 1024, 32000, 4)[0].instructions == value.bf16 / 2
 
 
+def test_the_documented_table_is_the_models() -> None:
+    table = gpu.table([row for case in CASES for row in gpu.model_rows(case)], None).splitlines()
+    documented = [line for line in (ROOT / "docs/gpu.md").read_text().splitlines() if line.count("|") == 8]
+    assert set(documented) <= set(table)
+    assert {line for line in table if "float32" in line} <= set(documented)
+
+
 def test_no_floor_is_above_its_prediction() -> None:
     for case in CASES:
         for row in gpu.model_rows(case):

@@ -25,7 +25,8 @@ void set_order(int64_t order) { emulation::order = static_cast<emulation::Order>
 STABLE_TORCH_LIBRARY(iumad_emulated, m) {
   m.def(
       "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-      "Tensor? initial_state, int scheme, int step, bool delta_softplus, bool save_states) -> (Tensor, Tensor, Tensor)");
+      "Tensor? initial_state, int scheme, int step, bool delta_softplus, bool save_states) -> "
+      "(Tensor out, Tensor last_state, Tensor tile_states)");
   m.def(
       "selective_scan_backward(Tensor grad_out, Tensor? grad_last_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
       "Tensor? D, Tensor? z, Tensor? delta_bias, Tensor tile_states, int scheme, int step, bool delta_softplus, "

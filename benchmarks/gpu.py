@@ -5,7 +5,8 @@
     python benchmarks/gpu.py --model                         # the table without measurements; needs no GPU
 
 Device events, median of 50 after 10 warm-ups. What is measured is checked first against the float64 definition on the first
-images. Peers (mamba-ssm, causal-conv1d, flash-attn, Liger) are timed where they are installed. Backward is timed alone.
+images. Peers (mamba-ssm, causal-conv1d, flash-attn, Liger) are timed where they are installed. Backward is timed alone,
+but where an op makes its gradients with the value: there both together.
 """
 
 from __future__ import annotations
@@ -37,14 +38,15 @@ Run = Callable[..., Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """An op at one shape: its inputs (on a device), the public function and its definition, the model's work, peers by name."""
+    """An op at one shape: its inputs, how it is called, its passes and the model's work for each, peers by name."""
 
     op: str
     shape: str
     dtype: torch.dtype
     inputs: Callable[[], dict[str, Tensor]]
     flags: dict[str, Any] = field(default_factory=dict)
-    work: tuple[model.Work, model.Work]  # forward, backward
+    passes: tuple[str, ...] = ("forward", "backward")  # what is timed, see time_passes
+    work: tuple[model.Work, ...]
     peers: dict[str, Callable[[dict[str, Tensor]], Run]] = field(default_factory=dict)
 
 
@@ -64,10 +66,35 @@ def _bottleneck(dtype: torch.dtype) -> dict[str, Tensor]:
     return {**given, "labels": torch.zeros(given["fused_logits"].shape[0], dtype=torch.int64)}
 
 
+def _step(dtype: torch.dtype, batch: int, dim: int) -> dict[str, Tensor]:
+    """One token of a Mamba layer: states, parameters, B and C in float32."""
+    tokens = _noise(dtype, x=(batch, dim), dt=(batch, dim), z=(batch, dim))
+    layer = _noise(torch.float32, A=(dim, 16), B=(batch, 16), C=(batch, 16), D=(dim,), dt_bias=(dim,))
+    return {**_noise(torch.float32, state=(batch, dim, 16)), **tokens, **layer, "A": -layer["A"].abs()}
+
+
+def _heads(dtype: torch.dtype, rows: int, dim: int, classes: int) -> dict[str, Tensor]:
+    """Two linear heads whose logits have a variance of 1."""
+    given = _noise(
+        torch.float32,
+        features_t=(rows, dim),
+        weight_t=(classes, dim),
+        features_s=(rows, dim),
+        weight_s=(classes, dim),
+    )
+    return {name: (t * t.shape[1] ** -0.25).to(dtype) for name, t in given.items()}
+
+
 def _mamba(given: dict[str, Tensor]) -> Run:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     return partial(selective_scan_fn, *(given[name] for name in ("u", "delta", "A", "B", "C", "D")))
+
+
+def _mamba_step(given: dict[str, Tensor]) -> Run:
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    return partial(selective_state_update, **given, dt_softplus=True)
 
 
 def _package_conv(given: dict[str, Tensor]) -> Run:
@@ -93,6 +120,13 @@ def _liger(given: dict[str, Tensor]) -> Run:
     return lambda: loss(q.log_softmax(-1), p.log_softmax(-1))
 
 
+def _liger_heads(given: dict[str, Tensor]) -> Run:
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    loss = LigerFusedLinearJSD(jsd_beta=0.0)
+    return partial(loss, *(given[name] for name in ("features_s", "weight_s", "features_t", "weight_t")))
+
+
 def cases() -> Iterator[Case]:
     """The shapes of the model: the project's, and larger ones that fill a GPU."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -104,6 +138,11 @@ def cases() -> Iterator[Case]:
                 work=model.selective_scan(batch, dim, torch.Size(pixels).numel(), 16, size),
                 peers={} if len(pixels) == 2 else {"mamba-ssm": _mamba},
             )  # fmt: skip
+        yield Case(
+            op="selective_state_update", shape="(64, 5120) N 16", dtype=dtype, inputs=partial(_step, dtype, 64, 5120),
+            flags={"dt_softplus": True}, passes=("forward",), work=model.selective_state_update(64, 5120, 16, size),
+            peers={"mamba-ssm": _mamba_step},
+        )  # fmt: skip
         for batch, heads, tokens, dim in ((6, 8, 196, 32), (8, 16, 2048, 64)):
             shape = (batch, heads, tokens, dim)
             yield Case(
@@ -119,6 +158,12 @@ def cases() -> Iterator[Case]:
         yield Case(
             op="kl_bottleneck", shape="(64, 32000), labels", dtype=dtype, inputs=partial(_bottleneck, dtype),
             work=model.kl_bottleneck(64, 32000, size, labels=True),
+        )  # fmt: skip
+        yield Case(
+            op="fused_linear_kl", shape="(4096, 1024) to 32000 classes", dtype=dtype,
+            inputs=partial(_heads, dtype, 4096, 1024, 32000),
+            flags={"detach_teacher": True}, passes=("forward", "forward + backward"),
+            work=model.fused_linear_kl(4096, 1024, 32000, size), peers={"Liger": _liger_heads},
         )  # fmt: skip
         yield Case(
             op="gaussian_bottleneck", shape="(4096, 768)", dtype=dtype, flags={"seed": 7},
@@ -167,49 +212,45 @@ def median_us(function: Run) -> float:
     return statistics.median(times)
 
 
-def time_both(function: Run, leaves: list[Tensor], clock: Callable[[Run], float]) -> tuple[float, float]:
-    """Microseconds of a forward without gradients, and of the backward alone."""
+def time_passes(
+    passes: tuple[str, ...], function: Run, leaves: list[Tensor], clock: Callable[[Run], float]
+) -> list[float]:
+    """Microseconds of a forward without gradients; of the backward alone, or (gradients made with the value) of both together."""
     with torch.no_grad():
-        forward = clock(function)
-    outputs = function()
-    outputs = [t for t in (outputs if isinstance(outputs, tuple) else (outputs,)) if t.requires_grad]
-    grads = [torch.randn_like(t) for t in outputs]
-    backward = clock(
-        lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True, allow_unused=True)
-    )
-    return forward, backward
+        times = [clock(function)]
+    if "backward" in passes:
+        outputs = function()
+        outputs = [t for t in (outputs if isinstance(outputs, tuple) else (outputs,)) if t.requires_grad]
+        grads = [torch.randn_like(t) for t in outputs]
+        times.append(
+            clock(lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True, allow_unused=True))
+        )
+    elif "forward + backward" in passes:
+        times.append(clock(lambda: torch.autograd.grad(function(), leaves, allow_unused=True)))
+    return times
 
 
 def error(case: Case, given: dict[str, Tensor], function: Run) -> float:
-    """RMS ratio of the first output to the float64 definition, on the first two images or rows."""
+    """RMS ratio to the float64 definition, on the first two rows: of the first output, and of a state updated in place."""
     from iumad_kernels import reference
 
     few = {name: t.detach()[:2] if name in _BATCHED else t.detach() for name, t in given.items()}
     wide = {name: t.double() if t.is_floating_point() else t for name, t in few.items()}
     results = getattr(reference, case.op)(**wide, **case.flags), function(**few, **case.flags)
     want, got = (t[0] if isinstance(t, tuple) else t for t in results)
-    return ((got.double() - want).norm() / want.norm()).item()
+    pairs = [(got, want)] + [(few[name], wide[name]) for name in few if name == "state"]
+    return max(((got.double() - want).norm() / want.norm()).item() for got, want in pairs)
 
 
 _BATCHED = {
-    "u",
-    "delta",
-    "B",
-    "C",
-    "query",
-    "key",
-    "value",
-    "labels",
-    "mu",
-    "logvar",
-    "x",
-    "features",
-    "reference",
-} | {f"{name}_logits" for name in ("student", "teacher", "fused", "bottleneck")}
+    *("u", "delta", "B", "C", "state", "x", "dt", "z", "query", "key", "value", "labels", "mu", "logvar"),
+    *("features", "reference", "features_t", "features_s"),
+    *("student_logits", "teacher_logits", "fused_logits", "bottleneck_logits"),
+}  # fmt: skip
 
 
 def measure(case: Case, device: str, clock: Callable[[Run], float]) -> list[dict[str, Any]]:
-    """A row of the table for the forward and one for the backward pass."""
+    """A row of the table for each pass."""
     import iumad_kernels
 
     function = getattr(iumad_kernels, case.op)
@@ -224,11 +265,11 @@ def measure(case: Case, device: str, clock: Callable[[Run], float]) -> list[dict
     backend = iumad_kernels.backend_for(case.op, device).backend
     # Forced, so that causal_conv1d does not hand over to the package it is compared with.
     with iumad_kernels.backend(backend):
-        ours = time_both(partial(function, **given, **case.flags), leaves, clock)
-    peers: dict[str, tuple[float, float] | str] = {}
+        ours = time_passes(case.passes, partial(function, **given, **case.flags), leaves, clock)
+    peers: dict[str, list[float] | str] = {}
     for name, build in case.peers.items():
         try:
-            peers[name] = time_both(build(given), leaves, clock)
+            peers[name] = time_passes(case.passes, build(given), leaves, clock)
         except ImportError as reason:
             peers[name] = f"not timed: {reason}"
     rows = model_rows(case)
@@ -241,8 +282,8 @@ def measure(case: Case, device: str, clock: Callable[[Run], float]) -> list[dict
 def model_rows(case: Case) -> list[dict[str, Any]]:
     """What the model says of a case, on every GPU it knows."""
     rows = []
-    for direction, work in zip(("forward", "backward"), case.work):
-        row: dict[str, Any] = {"op": case.op, "direction": direction, "shape": case.shape}
+    for name_of_pass, work in zip(case.passes, case.work):
+        row: dict[str, Any] = {"op": case.op, "direction": name_of_pass, "shape": case.shape}
         row |= {"dtype": str(case.dtype).removeprefix("torch."), "megabytes": work.bytes / 1e6}
         row["operations"] = work.operations()
         for name, gpu in model.GPUS.items():

@@ -7,6 +7,7 @@ tails), and 2 us for every launch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -78,6 +79,21 @@ def selective_scan(batch: int, dim: int, tokens: int, states: int, size: int) ->
     return forward, backward
 
 
+def selective_state_update(batch: int, dim: int, states: int, size: int) -> tuple[Work]:
+    """States in float32 read and written; x, dt, z and out once; parameters, B and C (float32) once.
+
+    Each of the four threads of a channel does its addresses and its softplus again: 200 instructions.
+    """
+    n = batch * dim
+    return (
+        Work(
+            bytes=8 * n * states + 4 * n * size + 4 * dim * (states + 2) + 8 * batch * states,
+            exponentials=n * states,
+            instructions=n * (20 * states + 4 * 200),
+        ),
+    )
+
+
 def cross_attention(
     batch: int, heads: int, queries: int, keys: int, dim: int, size: int
 ) -> tuple[Work, Work]:
@@ -99,6 +115,31 @@ def kl_bottleneck(rows: int, classes: int, size: int, labels: bool) -> tuple[Wor
     n, exponentials = rows * classes, (4 if labels else 2) * rows * classes
     forward = Work(bytes=2 * n * size, exponentials=exponentials, instructions=40 * n, launches=2)
     return forward, Work(bytes=4 * n * size, exponentials=exponentials, instructions=30 * n)
+
+
+def fused_linear_kl(rows: int, dim: int, classes: int, size: int) -> tuple[Work, Work]:
+    """Distillation (no gradient to the teacher) in chunks of 16 million logits, each of which reads the weights again.
+
+    Value alone, and value with gradients, which come out of the same chunks. Products are torch's: bfloat16 on tensor cores,
+    float32 as it is, one instruction for two operations. Per chunk and head: weights read, logits written and read. With
+    gradients: both logits read again, those of the student's logits written and read twice, its weights read again, the sum of
+    its weight gradients (float32) read and written, in 16 bits through a product of its own; at the end scaled.
+    """
+    chunks = math.ceil(rows / (2**24 // classes))
+    logits, features, weights = rows * classes, rows * dim, classes * dim
+
+    def matrix(count: int) -> dict[str, float]:
+        operations = 2 * count * rows * dim * classes
+        return {"bf16": operations} if size == 2 else {"instructions": operations / 2}
+
+    value_bytes = size * (2 * chunks * weights + 2 * features + 4 * logits)
+    sums = 8 * weights + (2 * size * weights if size == 2 else 0)
+    gradient_bytes = chunks * (size * weights + sums) + size * (5 * logits + 4 * features + 2 * weights)
+    value = Work(bytes=value_bytes, exponentials=2 * logits, launches=5 * chunks, **matrix(2))
+    both = Work(
+        bytes=value_bytes + gradient_bytes, exponentials=4 * logits, launches=(9 if size > 2 else 10) * chunks + 4, **matrix(4)
+    )  # fmt: skip
+    return value, both
 
 
 def gaussian_bottleneck(rows: int, columns: int, size: int) -> tuple[Work, Work]:

@@ -58,7 +58,7 @@ def _available(op: str, kind: str) -> tuple[tuple[str, ...], str]:
     if torch_op in found.triton_ops:
         return ("triton", "reference"), cuda_missing
     triton_missing = found.triton_missing or "the op has no Triton kernel"
-    return ("reference",), f"{cuda_missing} and {triton_missing}: {gpu.REMEDIES}"
+    return ("reference",), f"{cuda_missing} and {triton_missing}"
 
 
 def _check(name: str) -> str:

@@ -15,6 +15,7 @@ from iumad_kernels import _C, triton
 
 # The torch ops in _cuda.so (csrc/torch/*_cuda.cpp).
 CUDA_OPS = frozenset({"selective_scan", "selective_scan_backward", "selective_state_update"})
+TRITON_CAPABILITY = 80  # bfloat16 and TF32 products, which the kernels use
 REMEDIES = "install Triton (`pip install triton`), or rebuild iumad where nvcc is on the PATH (IUMAD_CUDA=on pip install .)"
 
 
@@ -35,9 +36,21 @@ def activate() -> Gpu:
     if not torch.cuda.is_available():
         return Gpu(cuda_ops, frozenset(), cuda_missing, "torch finds no GPU")
     if not triton.available():
-        return Gpu(cuda_ops, frozenset(), cuda_missing, "Triton is not installed")
+        return Gpu(cuda_ops, frozenset(), cuda_missing, f"Triton is not installed: {REMEDIES}")
+    if older := _gpu_below(TRITON_CAPABILITY):
+        return Gpu(cuda_ops, frozenset(), cuda_missing, f"Triton needs {older}")
     _registered.append(triton.register("CUDA", skip=cuda_ops))
     return Gpu(cuda_ops, frozenset(triton.LAUNCHERS) - cuda_ops, cuda_missing, "")
+
+
+def _gpu_below(lowest: int) -> str:
+    """Says so if a GPU of this machine has a compute capability below ``lowest`` (80 for 8.0); else nothing."""
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if 10 * major + minor < lowest:
+            name = torch.cuda.get_device_name(index)
+            return f"compute capability {lowest / 10} and newer, but {name} has {major}.{minor}"
+    return ""
 
 
 _registered: list[torch.library.Library] = []  # kept: a library's kernels go when it does
@@ -53,12 +66,8 @@ def _load_cuda() -> str:
         return f"torch {torch.__version__} has no CUDA"
     if not torch.cuda.is_available():
         return "torch finds no GPU"
-    lowest = min(int(architecture) for architecture in built.split())
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        if 10 * major + minor < lowest:
-            name = torch.cuda.get_device_name(index)
-            return f"the CUDA kernels are built for compute capability {lowest / 10} and newer, but {name} has {major}.{minor}"
+    if older := _gpu_below(min(int(architecture) for architecture in built.split())):
+        return f"the CUDA kernels are built for {older}"
     try:
         torch.ops.load_library(str(library))
     except OSError as error:

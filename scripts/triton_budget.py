@@ -75,14 +75,15 @@ def cases() -> Iterator[tuple[str, str, Callable[[], object]]]:
         out, _, states = selective_scan.forward(*inputs, None, 4, 2, True, True)
         selective_scan_backward.backward(out, None, *inputs, states, 4, 2, True, False)
 
-    def attention(dtype: torch.dtype, dim: int, dropout: float) -> None:
+    def attention(dtype: torch.dtype, dim: int, dropout: float, weights: bool = False) -> None:
         from iumad_kernels.triton import cross_attention, cross_attention_backward
 
         q = new(6, 196, 8, dim, dtype=dtype).transpose(1, 2)
         seed = new(dtype=torch.int64) if dropout else None
         flags = (dropout, False, dim**-0.5)
-        out, weights, lse = cross_attention.forward(q, q, q, None, seed, *flags, True)
-        cross_attention_backward.backward(out, None, q, q, q, None, seed, out, lse, *flags, False)
+        out, average, lse = cross_attention.forward(q, q, q, None, seed, *flags, True)
+        dweights = average if weights else None
+        cross_attention_backward.backward(out, dweights, q, q, q, None, seed, out, lse, *flags, False)
 
     def divergence() -> None:
         from iumad_kernels.triton import kl_bottleneck
@@ -130,8 +131,13 @@ def cases() -> Iterator[tuple[str, str, Callable[[], object]]]:
         yield "cross_attention", f"{name} E32", lambda dtype=dtype: attention(dtype, 32, 0.0)
     yield "cross_attention", "float32 E32 dropout", lambda: attention(torch.float32, 32, 0.1)
     yield "cross_attention", "float32 E64 dropout", lambda: attention(torch.float32, 64, 0.1)
+    yield "cross_attention", "float32 E128 dropout", lambda: attention(torch.float32, 128, 0.1)
+    yield "cross_attention", "float32 E32 weights", lambda: attention(torch.float32, 32, 0.1, weights=True)
+    yield "cross_attention", "float32 E128 weights", lambda: attention(torch.float32, 128, 0.1, weights=True)
+    yield "cross_attention", "bfloat16 E32 dropout", lambda: attention(torch.bfloat16, 32, 0.1)
     yield "cross_attention", "bfloat16 E64 dropout", lambda: attention(torch.bfloat16, 64, 0.1)
     yield "cross_attention", "bfloat16 E128 dropout", lambda: attention(torch.bfloat16, 128, 0.1)
+    yield "cross_attention", "bfloat16 E32 weights", lambda: attention(torch.bfloat16, 32, 0.1, weights=True)
     yield "depthwise_conv2d", "float32 5x5", lambda: convolution(torch.float32, 5)
     yield "depthwise_conv2d", "float32 causal", lambda: causal(torch.float32)
     yield "anomaly_map", "float32", lambda: anomaly(torch.float32)

@@ -9,6 +9,8 @@
 
 namespace iumad::cuda {
 
+constexpr unsigned kWholeWarp = 0xffffffffu;  // the lanes that take part in a shuffle
+
 __device__ inline float to_compute(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float to_compute(__half x) { return __half2float(x); }
 __device__ inline float to_compute(float x) { return x; }

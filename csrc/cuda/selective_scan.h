@@ -27,6 +27,9 @@ int64_t selective_scan_parts(const SelectiveScan&, int lanes);
 cudaError_t selective_scan(const SelectiveScan&, int lanes, cudaStream_t);
 cudaError_t selective_scan_backward(const SelectiveScan&, const SelectiveScanGradients&, int lanes, cudaStream_t);
 
+// One token (row order) from last_state, which it updates; initial_state and tile_states are not read.
+cudaError_t selective_state_update(const SelectiveScan&, cudaStream_t);
+
 // The partial sums of a varying B or C to its gradient (batch, out_directions, groups, rows, columns, states): over the channel
 // blocks and, where out_directions is 1, over the directions that visit the pixel.
 cudaError_t sum_projection(const SelectiveScan&, const void* parts, int64_t count, int64_t out_directions, void* out,

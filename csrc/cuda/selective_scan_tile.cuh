@@ -15,8 +15,6 @@
 
 namespace iumad::cuda {
 
-constexpr unsigned kWholeWarp = 0xffffffffu;
-
 // threadIdx.x, read anew: what follows from it is not kept in registers from one loop over a tile to the next.
 __device__ inline int thread_index() {
 #if defined(IUMAD_CUDA_EMULATION)

@@ -8,10 +8,6 @@ namespace {
 
 Shape tile_states_shape(const SelectiveScan& s) { return {s.batch, s.order.directions(), s.tiles(cuda::kTile), s.states, s.dim}; }
 
-void run_forward(const SelectiveScan& s, const CudaContext& cuda) {
-  check(cuda::selective_scan(s, cuda::selective_scan_lanes(s, cuda.multiprocessors), cuda.stream));
-}
-
 ForwardResults forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
                        const std::optional<Tensor>& D, const std::optional<Tensor>& z, const std::optional<Tensor>& delta_bias,
                        const std::optional<Tensor>& initial_state, int64_t scheme, int64_t step, bool delta_softplus,
@@ -25,7 +21,7 @@ ForwardResults forward(const Tensor& u, const Tensor& delta, const Tensor& A, co
   s.last_state = state_view(last_state);
   if (initial_state) s.initial_state = state_view(*initial_state);
   if (save_states) s.tile_states = tile_states.data_ptr();
-  run_forward(s, cuda);
+  check(cuda::selective_scan(s, cuda::selective_scan_lanes(s, cuda.multiprocessors), cuda.stream));
   return {finished(out, u), want_last_state ? last_state : empty(u, {0}, compute_type(s)), tile_states};
 }
 
@@ -37,8 +33,8 @@ Tensor update(const Tensor& state, const Tensor& u, const Tensor& delta, const T
   SelectiveScan s = describe(u, delta, A, B, C, D, z, delta_bias, int64_t(ScanScheme::kRow), 1, delta_softplus);
   Tensor out = empty_like(u);
   s.out = grid_view(out);
-  s.initial_state = s.last_state = state_view(state);
-  run_forward(s, cuda);
+  s.last_state = state_view(state);
+  check(cuda::selective_state_update(s, cuda.stream));
   return out;
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,34 +77,34 @@ def depthwise_conv2d(
     )
 
 
+class Arguments(NamedTuple):
+    """Those of torch.ops.iumad.depthwise_conv2d, in its order; its backward has the gradient of the result before them."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    history: Tensor | None
+    sequence: Tensor | None
+    stride: int
+    pad_top: int
+    pad_left: int
+    silu: bool
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        """Rows and columns of the result."""
+        return -(-self.x.shape[2] // self.stride), -(-self.x.shape[3] // self.stride)
+
+
 @torch.library.register_fake("iumad::depthwise_conv2d")
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    history: Tensor | None,
-    sequence: Tensor | None,
-    stride: int,
-    pad_top: int,
-    pad_left: int,
-    silu: bool,
-) -> Tensor:
-    return empty_grid(x, -(-x.shape[2] // stride), -(-x.shape[3] // stride))
+def _fake(*arguments: Any) -> Tensor:
+    conv = Arguments(*arguments)
+    return empty_grid(conv.x, *conv.out_size)
 
 
 @torch.library.register_fake("iumad::depthwise_conv2d_backward")
-def _fake_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    history: Tensor | None,
-    sequence: Tensor | None,
-    stride: int,
-    pad_top: int,
-    pad_left: int,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, weight, bias, history = Arguments(*arguments)[:4]
     return (
         empty_grid(x, x.shape[2], x.shape[3]),
         weight.new_empty(weight.shape),
@@ -114,14 +114,13 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, history, sequence, *flags = inputs
-    ctx.save_for_backward(x, weight, bias, history, sequence)
-    ctx.flags = flags
+    ctx.save_for_backward(*inputs[:5])
+    ctx.flags = inputs[5:]
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-    x, weight, bias, history, sequence = ctx.saved_tensors
-    dx, dweight, dbias, dhistory = _gradients(grad_out, x, weight, bias, history, sequence, *ctx.flags)
+    _, _, bias, history, _ = tensors = ctx.saved_tensors
+    dx, dweight, dbias, dhistory = _gradients(grad_out, *tensors, *ctx.flags)
     return (
         dx,
         dweight,

@@ -16,9 +16,9 @@ from iumad_kernels.ops.derivatives import only_once
 from iumad_kernels.ops.kl_bottleneck import REDUCTIONS
 
 _SUM = REDUCTIONS.index("sum")
-_CHUNK_LOGITS = (
-    2**22
-)  # logits per chunk and side (16 MB of float32): enough rows for the matrix product to be efficient
+# Logits per chunk and side: on a CPU 16 MB of float32, rows enough for efficient products. Every chunk reads the weights again,
+# which on a GPU takes longer than its products below some 300 rows (bfloat16 on an H100).
+_CHUNK_LOGITS, _CHUNK_LOGITS_GPU = 2**22, 2**24
 
 implement("fused_linear_kl", "cpu", torch_op="kl_divergence")
 
@@ -47,7 +47,7 @@ def fused_linear_kl(
         weight_t, weight_s: (classes, dim_t) and (classes, dim_s), as in ``nn.Linear``. bias_t, bias_s: (classes,).
         temperature, beta: as in :func:`kl_divergence`. reduction: ``"sum"``, ``"mean"`` or ``"batchmean"``.
         detach_teacher: no gradient to features_t, weight_t and bias_t (and none of the work for it).
-        chunk_rows: rows at a time; None takes about 4 million logits.
+        chunk_rows: rows at a time; None takes about 4 million logits, 16 million on a GPU.
 
     Returns:
         float32 scalar (float64 for float64), differentiable once, to every tensor.
@@ -101,16 +101,17 @@ def fused_linear_kl(
     if chunk_rows is not None and (not isinstance(chunk_rows, int) or chunk_rows < 1):
         raise ValueError(f"{op}: chunk_rows = {chunk_rows!r}, expected an integer >= 1")
 
+    if select(op, features_t.device) == "reference":
+        return reference.fused_linear_kl(
+            features_t, weight_t, features_s, weight_s, bias_t=bias_t, bias_s=bias_s,
+            temperature=temperature, beta=beta, reduction=reduction, detach_teacher=detach_teacher,
+        )  # fmt: skip
     teacher, student = (features_t, weight_t, bias_t), (features_s, weight_s, bias_s)
     if detach_teacher:
         teacher = features_t.detach(), weight_t.detach(), None if bias_t is None else bias_t.detach()
-    if select(op, features_t.device) == "reference":
-        logits_t, logits_s = (torch.nn.functional.linear(*side) for side in (teacher, student))
-        return reference.kl_divergence(
-            logits_s, logits_t, temperature=temperature, beta=beta, reduction=reduction
-        )
     rows, classes = features_t.shape[:-1].numel(), weight_t.shape[0]
     count = {"sum": 1, "mean": rows * classes, "batchmean": rows}[reduction]
+    chunk_logits = _CHUNK_LOGITS_GPU if features_t.is_cuda else _CHUNK_LOGITS
     p, q = (student, teacher) if beta == 1 else (teacher, student)
     return torch.ops.iumad.fused_linear_kl(
         *_flat(rows, *p),
@@ -118,7 +119,7 @@ def fused_linear_kl(
         temperature,
         0.0 if beta == 1 else beta,
         1 / max(count, 1),
-        chunk_rows or max(16, _CHUNK_LOGITS // max(classes, 1)),
+        chunk_rows or max(16, chunk_logits // max(classes, 1)),
         _needs_grad(p),
         _needs_grad(q),
     )[0]

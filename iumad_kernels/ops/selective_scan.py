@@ -137,6 +137,11 @@ def _max_length(scheme: int, step: int, H: int, W: int) -> int:
     return -(-H // step) * -(-W // step) if SCHEMES[scheme] == "es2d" else H * W
 
 
+def _runs_in_cuda(device: torch.device) -> bool:
+    """Whether the CUDA C++ kernels run: they save their states in a form of their own."""
+    return device.type == "cuda" and "selective_scan" in gpu.activate().cuda_ops
+
+
 @torch.library.register_fake("iumad::selective_scan")
 def _fake(
     u: Tensor,
@@ -160,7 +165,7 @@ def _fake(
     length = _max_length(scheme, step, H, W)
     if not save_states:
         shape: tuple[int, ...] = (0,)
-    elif u.device.type == "cuda" and "selective_scan" in gpu.activate().cuda_ops:
+    elif _runs_in_cuda(u.device):
         shape = (batch, K, -(-length // _CUDA_TILE), N, dim)
     else:
         shape = (batch, K, -(-dim // _CHUNK), -(-length // _TILE), N, _CHUNK)

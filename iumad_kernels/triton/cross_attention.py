@@ -30,11 +30,11 @@ def load_rows(base, row, rows, features, row_step, feature_step, BLOCK: tl.const
 
 @triton.jit
 def scores(
-    q, k, mask, mask_s, b, h, i, j, queries, keys,
-    SCALE: tl.constexpr, BOOL_MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    products, mask, mask_s, b, h, i, j, queries, keys,
+    SCALE: tl.constexpr, BOOL_MASK: tl.constexpr, CAUSAL: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a block times log2(e), -inf where a key takes no part."""
-    x = matmul(q, tl.trans(k), PRECISION, COMPUTE) * (SCALE * LOG2E)
+    """Scores of a block, from its products of queries and keys, times log2(e); -inf where a key takes no part."""
+    x = products * (SCALE * LOG2E)
     inside = (i < queries)[:, None] & (j < keys)[None, :]
     if mask is not None:
         at = i.to(tl.int64)[:, None] * mask_s[2] + j.to(tl.int64)[None, :] * mask_s[3]
@@ -54,14 +54,21 @@ def dropout_keep(seed, row, first_key, keys, threshold, BLOCK_K: tl.constexpr):
     block = row.to(tl.int64) * tl.cdiv(keys, 64) + first_key // 64
     counter = 16 * block[:, None] + tl.arange(0, 16)[None, :]
     w0, w1, w2, w3 = tl.randint4x(tl.load(seed), counter)
+    # Compared first: what changes threads then is bits, not words.
+    k0, k1 = _survives(w0, threshold), _survives(w1, threshold)
+    k2, k3 = _survives(w2, threshold), _survives(w3, threshold)
     if BLOCK_K == 64:
-        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (rows, lane, w // 2, w % 2)
-        words = tl.reshape(words, (row.shape[0], 16, 4))
+        keep = tl.join(tl.join(k0, k2), tl.join(k1, k3))  # (rows, lane, w // 2, w % 2)
+        keep = tl.reshape(keep, (row.shape[0], 16, 4))
     else:
         lower = first_key % 64 == 0
-        words = tl.join(tl.where(lower, w0, w2), tl.where(lower, w1, w3))  # (rows, lane, w)
-    words = tl.reshape(tl.permute(words, (0, 2, 1)), (row.shape[0], BLOCK_K))
-    return (words.to(tl.int64) & 0xFFFFFFFF) >= threshold
+        keep = tl.join(tl.where(lower, k0, k2), tl.where(lower, k1, k3))  # (rows, lane, w)
+    return tl.reshape(tl.permute(keep, (0, 2, 1)), (row.shape[0], BLOCK_K))
+
+
+@triton.jit
+def _survives(word, threshold):
+    return word.to(tl.uint32, bitcast=True) >= threshold
 
 
 @triton.jit
@@ -87,9 +94,8 @@ def _forward(
         j = first + tl.arange(0, BLOCK_K)
         k = load_rows(key, j, keys, dim, key_s[2], key_s[3], BLOCK_E)
         v = load_rows(value, j, keys, value_dim, value_s[2], value_s[3], BLOCK_V)
-        x = scores(
-            q, k, mask, mask_s, b, h, i, j, queries, keys, SCALE, BOOL_MASK, CAUSAL, PRECISION, COMPUTE
-        )
+        qk = matmul(q, tl.trans(k), PRECISION, COMPUTE)
+        x = scores(qk, mask, mask_s, b, h, i, j, queries, keys, SCALE, BOOL_MASK, CAUSAL, COMPUTE)
         new_top = tl.maximum(top, tl.max(x, 1))
         reference = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(x - reference[:, None])
@@ -130,9 +136,8 @@ def _average_weights(
             query + b * query_s[0] + h * query_s[1], i, queries, dim, query_s[2], query_s[3], BLOCK_E
         )
         k = load_rows(key + b * key_s[0] + h // group * key_s[1], j, keys, dim, key_s[2], key_s[3], BLOCK_E)
-        x = scores(
-            q, k, mask, mask_s, b, h, i, j, queries, keys, SCALE, BOOL_MASK, CAUSAL, PRECISION, COMPUTE
-        )
+        qk = matmul(q, tl.trans(k), PRECISION, COMPUTE)
+        x = scores(qk, mask, mask_s, b, h, i, j, queries, keys, SCALE, BOOL_MASK, CAUSAL, COMPUTE)
         p = probabilities(x, lse, bh * queries, i, queries)
         if seed is not None:
             p = tl.where(
@@ -150,25 +155,30 @@ def probabilities(x, lse, first_row, i, queries):
     return tl.exp2(x - tl.where(lse_row == float("-inf"), 0.0, lse_row * LOG2E)[:, None])
 
 
-def sizes(op: str, query: Tensor, value: Tensor) -> dict[str, Any]:
+def sizes(op: str, query: Tensor, value: Tensor, *, weights: bool = False) -> dict[str, Any]:
     """Block sizes and precision.
 
     More queries per block mean fewer passes over the keys, until registers end (sooner for float32, whose products need their
-    operands in parts) or until an H100 gets less than two programs per multiprocessor.
+    operands in parts, and with ``weights``, a gradient of the averaged weights to be read along) or until an H100 gets less
+    than two programs per multiprocessor.
     """
     batch, heads, queries, _ = query.shape
     block_e, block_v = max(pow2(query.shape[3]), 16), max(pow2(value.shape[3]), 16)
     row_bytes = max(block_e, block_v) * query.element_size()
-    if query.element_size() == 2:
+    if weights:
+        block_q = 16
+    elif query.element_size() == 2:
         block_q = max(16384 // max(row_bytes, 128), 16)
     else:
         block_q = 64 if row_bytes <= 128 else 16
     if block_q > 64 and batch * heads * queries < 2 * 132 * block_q:
         block_q = 64
+    many_warps = block_q >= 128 or row_bytes > 128 or query.element_size() > 2 or weights
     tunable = {
         "BLOCK_Q": min(block_q, max(pow2(queries), 16)),
-        "num_warps": 8 if block_q >= 128 or row_bytes > 128 or query.element_size() > 2 else 4, "num_stages": 2,
-    }  # fmt: skip
+        "num_warps": 8 if many_warps else 4,
+        "num_stages": 2,
+    }
     precision = "tf32x3" if query.dtype == torch.float32 else "ieee"
     fixed = {
         "BLOCK_K": 64 if query.element_size() == 2 else 32,

@@ -25,20 +25,41 @@ from iumad_kernels.triton.numerics import matmul
 
 
 @triton.jit
-def _weight_gradient(dout, v, dweights, seed, b, heads, i, j, queries, keys, row, first, threshold,
-                     KEPT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
-    """Gradient of the softmax's result, and the factor dropout gives it (1 without): a block of each."""
-    d = matmul(dout, tl.trans(v), PRECISION, COMPUTE)
+def _weight_gradient(d, dweights, seed, b, heads, i, j, queries, keys, row, first, threshold,
+                     KEPT: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
+    """Gradient of the softmax's result, and the factor dropout gives it (1 without): a block of each.
+
+    ``d``: products of the gradient of out with the values.
+    """
     if dweights is not None:
-        at = (b * queries + i.to(tl.int64))[:, None] * keys + j[None, :]
+        weights_row = dweights + (b * queries + i.to(tl.int64)) * keys
         inside = (i < queries)[:, None] & (j < keys)[None, :]
-        d += tl.load(dweights + at, inside, other=0.0).to(COMPUTE) / heads
+        d += tl.load(weights_row[:, None] + j[None, :], inside, other=0.0).to(COMPUTE) * (1.0 / heads)
     factor = tl.full(d.shape, 1.0, COMPUTE)
     if seed is not None:
         factor = tl.where(dropout_keep(seed, row, first, keys, threshold, BLOCK_K), 1.0 / KEPT, 0.0).to(
             COMPUTE
         )
     return d * factor, factor
+
+
+@triton.jit
+def _row_products(
+    a, a_s, i, a_rows, b, b_s, j, b_rows, features,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Products of rows i of a with rows j of b.
+
+    Float32, whose products need their operands in parts, takes 64 features at a time and loads them anew for every block:
+    registers would not hold more.
+    """
+    PART: tl.constexpr = min(BLOCK, 64) if PRECISION == "tf32x3" else BLOCK
+    x = tl.zeros([i.shape[0], j.shape[0]], COMPUTE)
+    for first in range(0, BLOCK, PART):
+        tile_a = load_rows(a + first * a_s[3], i, a_rows, features - first, a_s[2], a_s[3], PART)
+        tile_b = load_rows(b + first * b_s[3], j, b_rows, features - first, b_s[2], b_s[3], PART)
+        x += matmul(tile_a, tl.trans(tile_b), PRECISION, COMPUTE)
+    return x
 
 
 @triton.jit
@@ -54,23 +75,20 @@ def _row_sums(
     block, bh = (program % blocks).to(tl.int32), program // blocks
     b, h = bh // heads, bh % heads
     i = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    q = load_rows(query + b * query_s[0] + h * query_s[1], i, queries, dim, query_s[2], query_s[3], BLOCK_E)
-    do = load_rows(dout + b * dout_s[0] + h * dout_s[1], i, queries, value_dim, dout_s[2], dout_s[3], BLOCK_V)
+    query += b * query_s[0] + h * query_s[1]
+    dout += b * dout_s[0] + h * dout_s[1]
     key += b * key_s[0] + h // group * key_s[1]
     value += b * value_s[0] + h // group * value_s[1]
     total = tl.zeros([BLOCK_Q], COMPUTE)
     end = tl.minimum(keys, (block + 1) * BLOCK_Q) if CAUSAL else keys
     for first in range(0, end, BLOCK_K):
         j = first + tl.arange(0, BLOCK_K)
-        k = load_rows(key, j, keys, dim, key_s[2], key_s[3], BLOCK_E)
-        v = load_rows(value, j, keys, value_dim, value_s[2], value_s[3], BLOCK_V)
-        x = scores(
-            q, k, mask, mask_s, b, h, i, j, queries, keys, SCALE, BOOL_MASK, CAUSAL, PRECISION, COMPUTE
-        )
+        qk = _row_products(query, query_s, i, queries, key, key_s, j, keys, dim, BLOCK_E, PRECISION, COMPUTE)
+        x = scores(qk, mask, mask_s, b, h, i, j, queries, keys, SCALE, BOOL_MASK, CAUSAL, COMPUTE)
         p = probabilities(x, lse, bh * queries, i, queries)
         dp, _ = _weight_gradient(
-            do, v, dweights, seed, b, heads, i, j, queries, keys, bh * queries + i, first, threshold,
-            KEPT, PRECISION, BLOCK_K, COMPUTE,
+            _row_products(dout, dout_s, i, queries, value, value_s, j, keys, value_dim, BLOCK_V, PRECISION, COMPUTE),
+            dweights, seed, b, heads, i, j, queries, keys, bh * queries + i, first, threshold, KEPT, BLOCK_K, COMPUTE,
         )  # fmt: skip
         total += tl.sum(p * dp, 1)
     tl.store(delta + bh * queries + i, total, i < queries)
@@ -88,8 +106,8 @@ def _query_gradient(
     block, bh = (program % blocks).to(tl.int32), program // blocks
     b, h = bh // heads, bh % heads
     i = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    q = load_rows(query + b * query_s[0] + h * query_s[1], i, queries, dim, query_s[2], query_s[3], BLOCK_E)
-    do = load_rows(dout + b * dout_s[0] + h * dout_s[1], i, queries, value_dim, dout_s[2], dout_s[3], BLOCK_V)
+    query += b * query_s[0] + h * query_s[1]
+    dout += b * dout_s[0] + h * dout_s[1]
     row_sum = tl.load(delta + bh * queries + i, i < queries, other=0.0)
     key += b * key_s[0] + h // group * key_s[1]
     value += b * value_s[0] + h // group * value_s[1]
@@ -97,20 +115,18 @@ def _query_gradient(
     end = tl.minimum(keys, (block + 1) * BLOCK_Q) if CAUSAL else keys
     for first in range(0, end, BLOCK_K):
         j = first + tl.arange(0, BLOCK_K)
-        k = load_rows(key, j, keys, dim, key_s[2], key_s[3], BLOCK_E)
-        v = load_rows(value, j, keys, value_dim, value_s[2], value_s[3], BLOCK_V)
-        x = scores(
-            q, k, mask, mask_s, b, h, i, j, queries, keys, SCALE, BOOL_MASK, CAUSAL, PRECISION, COMPUTE
-        )
+        qk = _row_products(query, query_s, i, queries, key, key_s, j, keys, dim, BLOCK_E, PRECISION, COMPUTE)
+        x = scores(qk, mask, mask_s, b, h, i, j, queries, keys, SCALE, BOOL_MASK, CAUSAL, COMPUTE)
         p = probabilities(x, lse, bh * queries, i, queries)
         dp, _ = _weight_gradient(
-            do, v, dweights, seed, b, heads, i, j, queries, keys, bh * queries + i, first, threshold,
-            KEPT, PRECISION, BLOCK_K, COMPUTE,
+            _row_products(dout, dout_s, i, queries, value, value_s, j, keys, value_dim, BLOCK_V, PRECISION, COMPUTE),
+            dweights, seed, b, heads, i, j, queries, keys, bh * queries + i, first, threshold, KEPT, BLOCK_K, COMPUTE,
         )  # fmt: skip
         dx = p * (dp - row_sum[:, None])
         if dmask is not None:
             at = (bh * queries + i)[:, None] * keys + j[None, :]
             tl.store(dmask + at, dx, (i < queries)[:, None] & (j < keys)[None, :])
+        k = load_rows(key, j, keys, dim, key_s[2], key_s[3], BLOCK_E)
         acc += matmul(dx.to(k.dtype), k, PRECISION, COMPUTE)
     e = tl.arange(0, BLOCK_E)
     at = i.to(tl.int64)[:, None] * dquery_s[2] + e[None, :] * dquery_s[3]
@@ -131,36 +147,33 @@ def _key_gradient(
     first, bg = (program % blocks).to(tl.int32) * BLOCK_K, program // blocks
     b, key_head = bg // (heads // group), bg % (heads // group)
     j = first + tl.arange(0, BLOCK_K)
-    k = load_rows(key + b * key_s[0] + key_head * key_s[1], j, keys, dim, key_s[2], key_s[3], BLOCK_E)
-    v = load_rows(
-        value + b * value_s[0] + key_head * value_s[1], j, keys, value_dim, value_s[2], value_s[3], BLOCK_V
-    )
+    key += b * key_s[0] + key_head * key_s[1]
+    value += b * value_s[0] + key_head * value_s[1]
     dk = tl.zeros([BLOCK_K, BLOCK_E], COMPUTE)
     dv = tl.zeros([BLOCK_K, BLOCK_V], COMPUTE)
     start = first // BLOCK_Q * BLOCK_Q if CAUSAL else 0
     for member in range(group):
         h = key_head * group + member
         bh = b * heads + h
+        head_query, head_dout = query + b * query_s[0] + h * query_s[1], dout + b * dout_s[0] + h * dout_s[1]
         for first_query in range(start, queries, BLOCK_Q):
             i = first_query + tl.arange(0, BLOCK_Q)
-            q = load_rows(
-                query + b * query_s[0] + h * query_s[1], i, queries, dim, query_s[2], query_s[3], BLOCK_E
-            )
-            do = load_rows(
-                dout + b * dout_s[0] + h * dout_s[1], i, queries, value_dim, dout_s[2], dout_s[3], BLOCK_V
-            )
             row_sum = tl.load(delta + bh * queries + i, i < queries, other=0.0)
-            x = scores(
-                q, k, mask, mask_s, b, h, i, j, queries, keys, SCALE, BOOL_MASK, CAUSAL, PRECISION, COMPUTE
+            qk = _row_products(
+                head_query, query_s, i, queries, key, key_s, j, keys, dim, BLOCK_E, PRECISION, COMPUTE
             )
+            x = scores(qk, mask, mask_s, b, h, i, j, queries, keys, SCALE, BOOL_MASK, CAUSAL, COMPUTE)
             p = probabilities(x, lse, bh * queries, i, queries)
             dp, factor = _weight_gradient(
-                do, v, dweights, seed, b, heads, i, j, queries, keys, bh * queries + i, first, threshold,
-                KEPT, PRECISION, BLOCK_K, COMPUTE,
+                _row_products(
+                    head_dout, dout_s, i, queries, value, value_s, j, keys, value_dim, BLOCK_V, PRECISION, COMPUTE
+                ),
+                dweights, seed, b, heads, i, j, queries, keys, bh * queries + i, first, threshold, KEPT, BLOCK_K, COMPUTE,
             )  # fmt: skip
             dx = p * (dp - row_sum[:, None])
-            dropped = (p * factor).to(do.dtype)
-            dv += matmul(tl.trans(dropped), do, PRECISION, COMPUTE)
+            q = load_rows(head_query, i, queries, dim, query_s[2], query_s[3], BLOCK_E)
+            do = load_rows(head_dout, i, queries, value_dim, dout_s[2], dout_s[3], BLOCK_V)
+            dv += matmul(tl.trans((p * factor).to(do.dtype)), do, PRECISION, COMPUTE)
             dk += matmul(tl.trans(dx.to(q.dtype)), q, PRECISION, COMPUTE)
     e, c = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_V)
     rows = j.to(tl.int64)[:, None]
@@ -200,7 +213,7 @@ def backward(
         "value": value, "value_s": value.stride(), "value_dim": value_dim, "lse": lse,
         "dout": grad_out, "dout_s": grad_out.stride(), "dweights": grad_weights,
     }  # fmt: skip
-    size = sizes("cross_attention_backward", query, value)
+    size = sizes("cross_attention_backward", query, value, weights=grad_weights is not None)
     programs = batch * heads * -(-queries // size["BLOCK_Q"])
     if grad_weights is None:  # then the row sums are what every output got from its gradient
         delta = (out.to(dtype) * grad_out).sum(-1)
@@ -212,8 +225,7 @@ def backward(
         delta=delta, dquery=dquery, dquery_s=dquery.stride(), dmask=dmask,
     )  # fmt: skip
     # Two sums in registers, and in float32 the parts of their factors: more queries would spill.
-    most = 16 if query.element_size() > 2 else 32 if max(size["BLOCK_E"], size["BLOCK_V"]) > 32 else 128
-    size["BLOCK_Q"] = min(size["BLOCK_Q"], most)
+    size["BLOCK_Q"] = min(size["BLOCK_Q"], 32 if query.element_size() == 2 else 16)
     launch(
         _key_gradient, batch * key_heads * -(-keys // size["BLOCK_K"]), query, **common, **size,
         delta=delta, dkey=dkey, dkey_s=dkey.stride(), dvalue=dvalue, dvalue_s=dvalue.stride(),

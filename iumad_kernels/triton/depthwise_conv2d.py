@@ -9,12 +9,14 @@ and bias, which are added up in a fixed order.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from iumad_kernels.ops.depthwise_conv2d import Arguments
 from iumad_kernels.ops.grids import empty_grid
 from iumad_kernels.triton.launch import compute_type, launch, pow2
 from iumad_kernels.triton.numerics import sigmoid
@@ -179,27 +181,23 @@ def _weight_gradient(
         tl.store(dbias + part * channels + c, tl.sum(tl.sum(total_z, 2 - AXIS), 0), c < channels)
 
 
-def _common(
-    x: Tensor, weight: Tensor, sequence: Tensor | None, stride: int, pad_top: int, pad_left: int
-) -> dict[str, Any]:
+def _common(conv: Arguments) -> dict[str, Any]:
     """What all kernels take."""
+    x, out_size = conv.x, conv.out_size
     return {
-        "sequence": sequence, "channels": x.shape[1], "height": x.shape[2], "width": x.shape[3],
-        "out_height": -(-x.shape[2] // stride), "out_width": -(-x.shape[3] // stride),
-        "pad_top": pad_top, "pad_left": pad_left, "STRIDE": stride, "KH": weight.shape[2], "KW": weight.shape[3],
-        "COMPUTE": compute_type(x)[1],
+        "sequence": conv.sequence, "channels": x.shape[1], "height": x.shape[2], "width": x.shape[3],
+        "out_height": out_size[0], "out_width": out_size[1], "pad_top": conv.pad_top, "pad_left": conv.pad_left,
+        "STRIDE": conv.stride, "KH": conv.weight.shape[2], "KW": conv.weight.shape[3], "COMPUTE": compute_type(x)[1],
     }  # fmt: skip
 
 
-def _value(
-    common: dict[str, Any], x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None,
-    dout: Tensor | None, out: Tensor, silu: bool, op: str,
-) -> None:  # fmt: skip
+def _value(conv: Arguments, dout: Tensor | None, out: Tensor, op: str) -> None:
     """Fills ``out`` with the result or, given ``dout``, with the gradient of the value before the SiLU."""
-    pixels = common["out_height"] * common["out_width"]
+    x, weight, bias, history = conv[:4]
+    pixels = math.prod(conv.out_size)
     size = tuned(op, sizes(x, pixels) | {"num_warps": 4})
     launch(
-        _forward, programs(x.shape[0], pixels, x.shape[1], size), x, **common, **size, SILU=silu,
+        _forward, programs(x.shape[0], pixels, x.shape[1], size), x, **_common(conv), **size, SILU=conv.silu,
         x=x, weight=weight, bias=bias, history=history, dout=dout, out=out,
         x_s=x.stride(), weight_s=weight.stride(), bias_s=0 if bias is None else bias.stride(0),
         history_s=None if history is None else history.stride(), dout_s=None if dout is None else dout.stride(),
@@ -207,48 +205,28 @@ def _value(
     )  # fmt: skip
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    history: Tensor | None,
-    sequence: Tensor | None,
-    stride: int,
-    pad_top: int,
-    pad_left: int,
-    silu: bool,
-) -> Tensor:
+def forward(*arguments: Any) -> Tensor:
     """torch.ops.iumad.depthwise_conv2d."""
-    common = _common(x, weight, sequence, stride, pad_top, pad_left)
-    out = empty_grid(x, common["out_height"], common["out_width"])
-    _value(common, x, weight, bias, history, None, out, silu, "depthwise_conv2d")
+    conv = Arguments(*arguments)
+    out = empty_grid(conv.x, *conv.out_size)
+    _value(conv, None, out, "depthwise_conv2d")
     return out
 
 
-def backward(
-    grad_out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    history: Tensor | None,
-    sequence: Tensor | None,
-    stride: int,
-    pad_top: int,
-    pad_left: int,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """torch.ops.iumad.depthwise_conv2d_backward."""
-    op = "depthwise_conv2d_backward"
+    op, conv = "depthwise_conv2d_backward", Arguments(*arguments)
+    x, weight, bias, history = conv[:4]
     (batch, channels, height, width), dtype = x.shape, compute_type(x)[0]
-    common = _common(x, weight, sequence, stride, pad_top, pad_left)
+    common = _common(conv)
     dz = grad_out
-    if silu or sequence is not None:
-        dz = empty_grid(x, common["out_height"], common["out_width"], dtype)
-        _value(common, x, weight, bias, history, grad_out, dz, silu, op)
+    if conv.silu or conv.sequence is not None:
+        dz = empty_grid(x, *conv.out_size, dtype)
+        _value(conv, grad_out, dz, op)
 
     dx = empty_grid(x, height, width)
     dhistory = x.new_empty((0,)) if history is None else empty_grid(history, 1, history.shape[3])
-    before = 0 if history is None else pad_left
+    before = 0 if history is None else conv.pad_left
     size = tuned(op, sizes(x, height * (width + before)) | {"num_warps": 4})
     launch(
         _input_gradient, programs(batch, height * (width + before), channels, size), x, **common, **size,
@@ -258,7 +236,7 @@ def backward(
     )  # fmt: skip
 
     # A thread holds all taps (up to 64 at a time) of so many elements that they fill 64 registers.
-    taps, pixels = weight.shape[2] * weight.shape[3], common["out_height"] * common["out_width"]
+    taps, pixels = weight.shape[2] * weight.shape[3], math.prod(conv.out_size)
     block_t = pow2(taps, at_most=64)
     size = tuned(op, sizes(x, pixels, elements=128 * min(64 // block_t, 8)) | {"num_warps": 4})
     columns = -(-channels // size["BLOCK_C"]) * -(-taps // block_t)

@@ -68,7 +68,7 @@ def saved_at(scan, d, dim, tiles, N):
 @triton.jit
 def _forward(
     u, delta, A, B, C, D, z, delta_bias, initial_state, out, last_state, tile_states,
-    u_s, delta_s, B_s, C_s, z_s, h_s, out_s,
+    u_s, delta_s, B_s, C_s, z_s, h_s, out_s, last_s,
     dim, groups, delta_rows, rows, columns, step, directions, tiles, N,
     SCHEME: tl.constexpr, SOFTPLUS: tl.constexpr, TILE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr,
@@ -129,7 +129,8 @@ def _forward(
             y *= z_t * sigmoid(z_t)
         tl.store(out + here * out_s[3], y, channel)
     if last_state is not None:
-        tl.store(last_state + (b * directions * dim + kd)[:, None] * N + n[None, :], h, both)
+        last_at = b * last_s[0] + k * last_s[1] + d[:, None] * last_s[2] + n[None, :] * last_s[3]
+        tl.store(last_state + last_at, h, both)
 
 
 def blocks(op: str, scans: int, channels: int, states: int, least: int) -> dict[str, int]:
@@ -204,26 +205,13 @@ def forward(
     save_states: bool,
     want_last_state: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """torch.ops.iumad.selective_scan. Directions that meet at a pixel write parts of their own, added up in order."""
-    (batch, _, H, W), (K, dim, N) = u.shape, A.shape
-    dtype, compute = compute_type(u)
-    common = describe(u, delta, A, B, C, z)
-    tiles = -(-longest(scheme, step, H, W) // TILE)
-    tile_states = u.new_empty(
-        (batch, K, -(-dim // CHUNK.value), tiles, N, CHUNK.value) if save_states else (0,), dtype=dtype
-    )
-    last_state = u.new_empty((batch, K, dim, N) if want_last_state else (0,), dtype=dtype)
-    meet = overlapping(scheme)
-    out = parts(common["u"], K if meet else 1, dtype if meet else u.dtype)
-    size = blocks("selective_scan", batch * K * dim, dim // common["groups"], N, least=4)
-    launch(
-        _forward, batch * K * common["groups"] * -(-(dim // common["groups"]) // size["BLOCK_D"]), u, **common,
-        D=D, delta_bias=delta_bias, initial_state=initial_state, h_s=None if initial_state is None else initial_state.stride(),
-        out=out, out_s=strides(out, 0), last_state=last_state if want_last_state else None,
-        tile_states=tile_states if save_states else None,
-        tiles=tiles, step=step, SCHEME=scheme, SOFTPLUS=delta_softplus, TILE=TILE, COMPUTE=compute, **size,
-    )  # fmt: skip
-    return finished(out, u), last_state, tile_states
+    """torch.ops.iumad.selective_scan."""
+    (batch, _, _, _), (K, dim, N) = u.shape, A.shape
+    last_state = u.new_empty((batch, K, dim, N) if want_last_state else (0,), dtype=compute_type(u)[0])
+    scan = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    wanted = last_state if want_last_state else None
+    out, tile_states = _run(*scan, wanted, scheme, step, delta_softplus, save_states)
+    return out, last_state, tile_states
 
 
 def update(
@@ -238,7 +226,46 @@ def update(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> Tensor:
-    """torch.ops.iumad.selective_state_update: a scan of one token from ``state``, which is overwritten with the last state."""
-    out, last_state, _ = forward(u, delta, A, B, C, D, z, delta_bias, state, 0, 1, delta_softplus, False)
-    state.copy_(last_state)
+    """torch.ops.iumad.selective_state_update: a scan of one token, from ``state`` to ``state``."""
+    out, _ = _run(u, delta, A, B, C, D, z, delta_bias, state, state, 0, 1, delta_softplus, False)
     return out
+
+
+def _run(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    last_state: Tensor | None,
+    scheme: int,
+    step: int,
+    delta_softplus: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor]:
+    """Fills ``last_state``, which may be the initial one, or absent; returns the rest.
+
+    Directions that meet at a pixel write parts of their own, added up in order.
+    """
+    (batch, _, H, W), (K, dim, N) = u.shape, A.shape
+    dtype, compute = compute_type(u)
+    common = describe(u, delta, A, B, C, z)
+    tiles = -(-longest(scheme, step, H, W) // TILE)
+    tile_states = u.new_empty(
+        (batch, K, -(-dim // CHUNK.value), tiles, N, CHUNK.value) if save_states else (0,), dtype=dtype
+    )
+    meet = overlapping(scheme)
+    out = parts(common["u"], K if meet else 1, dtype if meet else u.dtype)
+    size = blocks("selective_scan", batch * K * dim, dim // common["groups"], N, least=4)
+    launch(
+        _forward, batch * K * common["groups"] * -(-(dim // common["groups"]) // size["BLOCK_D"]), u, **common,
+        D=D, delta_bias=delta_bias, initial_state=initial_state, h_s=None if initial_state is None else initial_state.stride(),
+        last_state=last_state, last_s=None if last_state is None else last_state.stride(), out=out, out_s=strides(out, 0),
+        tile_states=tile_states if save_states else None, tiles=tiles, step=step,
+        SCHEME=scheme, SOFTPLUS=delta_softplus, TILE=TILE, COMPUTE=compute, **size,
+    )  # fmt: skip
+    return finished(out, u), tile_states

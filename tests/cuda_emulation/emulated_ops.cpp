@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(iumad_emulated, m) {
   m.def(
       "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
       "Tensor? initial_state, int scheme, int step, bool delta_softplus, bool save_states, bool want_last_state=True) "
-      "-> (Tensor, Tensor, Tensor)");
+      "-> (Tensor out, Tensor last_state, Tensor tile_states)");
   m.def(
       "selective_scan_backward(Tensor grad_out, Tensor? grad_last_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
       "Tensor? D, Tensor? z, Tensor? delta_bias, Tensor tile_states, int scheme, int step, bool delta_softplus, "

@@ -18,12 +18,16 @@ from iumad_kernels.ops import selective_scan as op
 from iumad_kernels.reference.selective_scan import scan_order
 
 LENGTH_LAST, CHANNELS_LAST, SLICED = "length-last", "channels-last", "sliced"
+OWN_OPS = torch.ops.iumad
 FORWARD, REVERSE, SHUFFLED = 0, 1, 2  # emulation::Order
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _library() -> None:
     torch.ops.load_library(str(build_ops()))
+    for name, fake in (("", op._fake), ("_backward", op._fake_backward)):
+        torch.library.register_fake(f"iumad_emulated::selective_scan{name}", fake)
+    torch.library.register_fake("iumad_emulated::selective_state_update", op._fake_update)
     torch.library.register_autograd(
         "iumad_emulated::selective_scan", op._backward, setup_context=op._setup_context
     )
@@ -282,12 +286,13 @@ def test_expanded_inputs() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads", [False, True])
-def test_state_update(dtype: torch.dtype, heads: bool) -> None:
-    channels = (3, 5) if heads else (15,)
-    state = torch.randn(2, *channels, 6).to(dtype)
+@pytest.mark.parametrize(
+    ("channels", "N"), [((15,), 6), ((3, 5), 16), ((39,), 19)]
+)  # 32 channels a block; vectors of states
+def test_state_update(dtype: torch.dtype, channels: tuple[int, ...], N: int) -> None:
+    state = laid_out(torch.randn(2, *channels, N).to(dtype), SLICED if N == 19 else LENGTH_LAST)
     x, dt, z = (torch.randn(2, *channels).to(dtype) for _ in range(3))
-    A, B, C = -torch.rand(*channels, 6), torch.randn(2, 3, 6), torch.randn(2, 3, 6)
+    A, B, C = -torch.rand(*channels, N), torch.randn(2, 3, N), torch.randn(2, 3, N)
     D = torch.randn(channels)
     exact = state.double()
     result = iumad_kernels.selective_state_update(state, x, dt, A, B, C, D, z, D, True)
@@ -295,6 +300,41 @@ def test_state_update(dtype: torch.dtype, heads: bool) -> None:
     expected = reference.selective_state_update(exact, *wide, True)
     assert error(result, expected) <= (3e-3 if dtype == torch.bfloat16 else 2e-6)
     assert error(state, exact) <= (3e-3 if dtype == torch.bfloat16 else 2e-6)
+
+
+OPS = ("selective_scan", "selective_scan_backward", "selective_state_update")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_emulated_schemas_are_the_ops_own(name: str) -> None:
+    emulated, own = (getattr(ops, name).default._schema for ops in (torch.ops.iumad_emulated, OWN_OPS))
+    assert str(emulated).partition("(")[2] == str(own).partition("(")[2]
+
+
+@pytest.mark.parametrize("scheme", ["row", "cross", "es2d"])
+def test_opcheck(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schema, fake kernel and autograd of the CUDA ops against what they do; the saved states have CUDA's shape."""
+    monkeypatch.setattr(op, "_runs_in_cuda", lambda device: True)
+    K = {"row": 1, "cross": 4, "es2d": 4}[scheme]
+    u, grad = torch.randn(2, 2, 3, 9, 11).unbind()
+    delta, A, D = torch.rand(2, K, 3, 9, 11), -torch.rand(K, 3, 5), torch.randn(K, 3)
+    B, C = torch.randn(2, 2, K, 1, 9, 11, 5).unbind()
+    flags = (op.SCHEMES.index(scheme), 2 if scheme == "es2d" else 1, True)
+    inputs = [t.requires_grad_() for t in (u, delta, A, B, C, D)]
+    torch.library.opcheck(
+        torch.ops.iumad_emulated.selective_scan.default, (*inputs, None, None, None, *flags, True)
+    )
+    inputs = [t.detach() for t in inputs]
+    states = torch.ops.iumad_emulated.selective_scan(*inputs, None, None, None, *flags, True)[2]
+    arguments = (grad, None, *inputs, None, None, states, *flags, False)
+    torch.library.opcheck(torch.ops.iumad_emulated.selective_scan_backward.default, arguments)
+
+
+def test_opcheck_update() -> None:
+    state, A = torch.randn(2, 1, 3, 5), -torch.rand(1, 3, 5)
+    token, projection = torch.rand(2, 3, 1, 1), torch.randn(2, 1, 1, 1, 1, 5)
+    arguments = (state, token, token[:, None], A, projection, projection, None, token, None, True)
+    torch.library.opcheck(torch.ops.iumad_emulated.selective_state_update.default, arguments)
 
 
 @pytest.mark.parametrize("lanes", [8, 32])

@@ -113,7 +113,9 @@ def test_reference_backend():
     given = tensors()
     with iumad_kernels.backend("reference"):
         expected = fused(*given)
+        fused(*given, detach_teacher=True).backward()
     torch.testing.assert_close(fused(*given), expected)
+    assert [t.grad is None for t in given] == [True] * 3 + [False] * 3
 
 
 @pytest.mark.parametrize(

@@ -72,19 +72,35 @@ def test_triton_without_nvcc(pretend) -> None:
 def test_unsupported_compute_capability(pretend) -> None:
     loaded = pretend("80 90", (7, 5), True)
     choice = iumad_kernels.backend_for("selective_scan", "cuda")
-    assert choice.backend == "triton"
-    assert "8.0 and newer, but Some GPU has 7.5" in choice.reason
+    assert choice.backend == "reference"
+    assert (
+        "the CUDA kernels are built for compute capability 8.0 and newer, but Some GPU has 7.5"
+        in choice.reason
+    )
+    assert "Triton needs compute capability 8.0 and newer, but Some GPU has 7.5" in choice.reason
+    assert "pip install" not in choice.reason  # would not help
     assert not loaded
-    with (
-        iumad_kernels.backend("cuda"),
-        pytest.raises(RuntimeError, match=r"no cuda backend for cuda tensors.*Some GPU has 7\.5"),
-    ):
-        backend.select("selective_scan", torch.device("cuda"))
+    for forced in ("cuda", "triton"):
+        with (
+            iumad_kernels.backend(forced),
+            pytest.raises(RuntimeError, match=rf"no {forced} backend for cuda tensors.*Some GPU has 7\.5"),
+        ):
+            backend.select("selective_scan", torch.device("cuda"))
+
+
+def test_built_for_newer_gpus_only(pretend) -> None:
+    pretend("90", (8, 0), True)
+    choice = iumad_kernels.backend_for("selective_scan", "cuda")
+    assert choice.backend == "triton"
+    assert "9.0 and newer, but Some GPU has 8.0" in choice.reason
 
 
 def test_reference_warns_once_with_both_remedies(pretend) -> None:
     pretend("", (9, 0), False)
-    with pytest.warns(UserWarning, match=r"slow reference.*pip install triton.*IUMAD_CUDA=on pip install"):
+    with pytest.warns(
+        UserWarning,
+        match=r"slow reference.*not built and Triton is not installed: .*pip install triton.*IUMAD_CUDA=on pip",
+    ):
         assert backend.select("selective_scan", torch.device("cuda")) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")

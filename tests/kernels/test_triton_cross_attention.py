@@ -37,6 +37,7 @@ def compare(agree, given: dict[str, Tensor | None], **flags: object) -> None:
         (1, 1, 1, 1, 1, 1, 1),
         (1, 2, 17, 65, 5, 3, 1),  # two blocks of keys, a group of heads
         (2, 1, 33, 3, 33, 20, 1),
+        (1, 1, 5, 40, 70, 100, 1),  # more than 64 features: in two parts
         (1, 2, 3, 0, 4, 4, 2),
         (0, 2, 3, 4, 4, 4, 2),
     ],

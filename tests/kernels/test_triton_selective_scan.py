@@ -184,6 +184,7 @@ def test_state_update(triton_device):
     want_state = args[0].double().clone()
     want = reference.selective_state_update(want_state, *(t.double() for t in args[1:]), dt_softplus=True)
     state, *rest = (t.to(triton_device) for t in args)
+    state = torch.stack([state, state], -1)[..., 0]  # any strides, updated in place
     got = iumad_kernels.selective_state_update(state, *rest, dt_softplus=True)
     torch.testing.assert_close(got.double().cpu(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state.double().cpu(), want_state, rtol=1e-5, atol=1e-5)

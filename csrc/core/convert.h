@@ -6,6 +6,9 @@
 
 namespace iumad::IUMAD_ISA {
 
+template <class F>
+constexpr DType kDTypeOf = sizeof(F) == 8 ? DType::kFloat64 : DType::kFloat32;  // of a compute type
+
 struct BFloat16 {
   uint16_t bits;
 };

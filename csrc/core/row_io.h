@@ -34,7 +34,7 @@ inline Vec<F> first_lanes(Vec<F> v, int64_t count) {
 
 template <class F>
 inline bool is_plain(const RowsView& v) {
-  return v.inner_stride == 1 && v.dtype == (sizeof(F) == 8 ? DType::kFloat64 : DType::kFloat32);
+  return v.inner_stride == 1 && v.dtype == kDTypeOf<F>;
 }
 
 // Row `row` of `n` values: in place where it is already n neighbouring values of type F, else converted into `buffer`.

@@ -38,25 +38,28 @@ struct ForwardScratch {
   F *u, *delta;                // [token][lane], where a tile is not read in place
   Prepared<F> now, next;       // the block being scanned, and the one after it
   F *A, *B, *C, *h;            // [block][state][lane]; A times log2(e)
+  F *B_rows, *C_rows;          // [token][state], where they are not read in place
   int64_t* state_offset;       // 0, 1, 2, ...
   int64_t dense[kMostTokens];  // offsets of the tokens in such a buffer
   ChannelBlock* block;
 
   ForwardScratch(int64_t states, int64_t blocks)
       : memory(8 * Scratch::bytes<F>(kMostTokens * V) + 4 * Scratch::bytes<F>(blocks * states * V) +
-               Scratch::bytes<int64_t>(states) + Scratch::bytes<ChannelBlock>(blocks)) {
+               Scratch::bytes<int64_t>(states) + Scratch::bytes<ChannelBlock>(blocks) +
+               2 * Scratch::bytes<F>(kMostTokens * converted_row<F>(states))) {
     for (F** p : {&u, &delta, &now.dt, &now.dtu, &now.y, &next.dt, &next.dtu, &next.y}) *p = memory.take<F>(kMostTokens * V);
     for (F** p : {&A, &B, &C, &h}) *p = memory.take<F>(blocks * states * V);
     state_offset = memory.take<int64_t>(states);
     for (int64_t n = 0; n < states; ++n) state_offset[n] = n;
     for (int t = 0; t < kMostTokens; ++t) dense[t] = t * V;
     block = memory.take<ChannelBlock>(blocks);
+    for (F** p : {&B_rows, &C_rows}) *p = memory.take<F>(kMostTokens * converted_row<F>(states));
   }
 };
 
 // Advances `kStates` states, the first of which A and h point to, through the tokens of a tile, calling also(t) for every token.
-// What they add to p.y goes to rows out + offset[t]. A function of its own so that the registers are all its own; decays in
-// pairs, for one's arithmetic is a single long chain.
+// What they add to p.y goes to out[offset[t]]. A function of its own so that the registers are all its own; decays in pairs, for
+// one's arithmetic is a single long chain.
 template <int kStates, class F, class BAt, class CAt, class Also>
 __attribute__((noinline)) void scan_tile(const F* A, F* h, const Prepared<F>& p, int count, const BAt& B, const CAt& C,
                                          int64_t first, F* out, const int64_t* offset, Also also) {
@@ -161,15 +164,14 @@ template <class F>
 __attribute__((noinline)) void prepare(const SelectiveScan& s, int64_t k, const ForwardTile& tile, const ChannelBlock& b,
                                        const Prepared<F>& p, const ForwardScratch<F>& m) {
   constexpr int V = kLanes<F>;
-  constexpr DType kCompute = sizeof(F) == 8 ? DType::kFloat64 : DType::kFloat32;
   TokenRows<F> u{tile.u.block(b), s.u.dtype, tile.u.offset}, delta{tile.delta.block(b), s.delta.dtype, tile.delta.offset};
   if (!in_place<F>(tile.u, b)) {
     load_tokens<F>(m.u, tile.u, b);
-    u = {m.u, kCompute, m.dense};
+    u = {m.u, kDTypeOf<F>, m.dense};
   }
   if (s.delta_rows != s.dim || !in_place<F>(tile.delta, b)) {
     load_delta<F>(m.delta, s, tile.delta, b);
-    delta = {m.delta, kCompute, m.dense};
+    delta = {m.delta, kDTypeOf<F>, m.dense};
   }
   const Vec<F> bias = load_channels<F>(s.delta_bias, s, k, b), skip = load_channels<F>(s.D, s, k, b);
   for (int t = 0; t < tile.tokens.count; ++t) {
@@ -203,15 +205,15 @@ void scan_tokens(const SelectiveScan& s, int64_t k, const ScanDirection& directi
   constexpr int V = kLanes<F>;
   const int64_t batch = m.block[0].batch, block_size = s.states * V;
   const bool again = k > 0 && s.order.overlaps();  // an earlier direction has written these pixels
-  const bool plain = !s.z.data && !again && s.out.dtype == (sizeof(F) == 8 ? DType::kFloat64 : DType::kFloat32);
+  const bool plain = !s.z.data && !again && s.out.dtype == kDTypeOf<F>;
   const int tokens = s.tile_states ? kTile : kMostTokens;
   ForwardTile tile(s, TokenTile(direction, 0, tokens), batch, k);
   prepare<F>(s, k, tile, m.block[0], m.next, m);
   for (int64_t first = 0; first < direction.length; first += tokens) {
     const bool last = first + tokens >= direction.length;
     const ForwardTile next(s, TokenTile(direction, last ? first : first + tokens, tokens), batch, k);
-    auto B = coefficients<F, kConstantB>(s.B, m.B, tile.tokens, k, m.block[0]);
-    auto C = coefficients<F, kConstantC>(s.C, m.C, tile.tokens, k, m.block[0]);
+    auto B = coefficients<F, kConstantB>(s.B, s.states, tile.tokens, k, m.block[0], m.B_rows);
+    auto C = coefficients<F, kConstantC>(s.C, s.states, tile.tokens, k, m.block[0], m.C_rows);
     for (int64_t i = 0; i < blocks; ++i) {
       std::swap(m.now, m.next);
       // Loads before stores: input and output lie at the same offsets within their pages, and a load that follows a store to the

@@ -35,10 +35,11 @@ struct StateView {  // (batch, direction, channel, state)
   DType dtype;
   int64_t batch, direction, channel, state;
 };
-// B or C, in the compute type. Varying: (batch, direction, group, row, column, state) with state stride 1.
-// Constant (channel_stride != 0): (direction, channel, state), contiguous.
+// B or C. Varying: (batch, direction, group, row, column, state) with state stride 1; on a GPU in the compute type.
+// Constant: (direction, channel, state), contiguous, in the compute type.
 struct ProjectionView {
   const void* data;
+  DType dtype;
   bool constant;
   int64_t batch, direction, group, row, column;
 };

@@ -29,17 +29,20 @@ struct BackwardScratch {
   F *dD, *dbias;                                          // [block][lane]
   F *h, *decay;                                           // [token (+ 1)][state of the run][lane]
   F *dB, *dC;                                             // [token][state][lane]
+  F *B_rows, *C_rows;                                     // [token][state], where they are not read in place
   int64_t* state_offset;
 
   BackwardScratch(int64_t states, int64_t blocks)
       : memory(10 * Scratch::bytes<F>(kTile * V) + 7 * Scratch::bytes<F>(blocks * states * V) +
                2 * Scratch::bytes<F>(blocks * V) + 2 * Scratch::bytes<F>((kTile + 1) * kRun * V) +
-               2 * Scratch::bytes<F>(kTile * states * V) + Scratch::bytes<int64_t>(states)) {
+               2 * Scratch::bytes<F>(kTile * states * V) + 2 * Scratch::bytes<F>(kTile * converted_row<F>(states)) +
+               Scratch::bytes<int64_t>(states)) {
     for (F** p : {&u, &dt, &slope, &dtu, &dout, &z, &y, &dy, &sA, &sB}) *p = memory.take<F>(kTile * V);
     for (F** p : {&A, &B, &C, &g, &dA, &dBc, &dCc}) *p = memory.take<F>(blocks * states * V);
     for (F** p : {&dD, &dbias}) *p = memory.take<F>(blocks * V);
     for (F** p : {&h, &decay}) *p = memory.take<F>((kTile + 1) * kRun * V);
     for (F** p : {&dB, &dC}) *p = memory.take<F>(kTile * states * V);
+    for (F** p : {&B_rows, &C_rows}) *p = memory.take<F>(kTile * converted_row<F>(states));
     state_offset = memory.take<int64_t>(states);
     for (int64_t n = 0; n < states; ++n) state_offset[n] = n;
   }
@@ -240,7 +243,7 @@ template <class F>
 void store_parameter(const F* src, void* partial, const SelectiveScan& s, int64_t k, const ChannelBlock& b,
                      const int64_t* state_offset) {
   F* p = static_cast<F*>(partial) + ((b.batch * s.order.directions() + k) * s.dim + b.channel) * s.states;
-  store_block<F>(src, p, sizeof(F) == 8 ? DType::kFloat64 : DType::kFloat32, state_offset, s.states, s.states, b.lanes);
+  store_block<F>(src, p, kDTypeOf<F>, state_offset, s.states, s.states, b.lanes);
 }
 
 template <class F>
@@ -287,14 +290,17 @@ void backward_direction(const SelectiveScan& s, const SelectiveScanGradients& d,
     const TokenTile& tile = views.tokens;
     clear(m.dB, tile.count * block_size);
     clear(m.dC, tile.count * block_size);
+    const ChannelBlock any = channel_block<F>(s, batch, group, first_block);
+    auto B = coefficients<F, kConstantB>(s.B, s.states, tile, k, any, m.B_rows);
+    auto C = coefficients<F, kConstantC>(s.C, s.states, tile, k, any, m.C_rows);
     for (int64_t i = blocks - 1; i >= 0; --i) {  // the last block first: it may be cut off
       const ChannelBlock b = channel_block<F>(s, batch, group, first_block + i);
       const Vec<F> skip = load_channels<F>(s.D, s, k, b);
       if (i > 0) views.prefetch(channel_block<F>(s, batch, group, first_block + i - 1));
       load_tile<F>(m, s, views, k, b, skip);
       const F* A = m.A + i * block_size;
-      const auto B = coefficients<F, kConstantB>(s.B, m.B + i * block_size, tile, k, b);
-      const auto C = coefficients<F, kConstantC>(s.C, m.C + i * block_size, tile, k, b);
+      B.block = m.B + i * block_size;
+      C.block = m.C + i * block_size;
       for_state_runs<kRun>(s.states, [&](auto run, int64_t n) {
         constexpr int kStates = decltype(run)::value;
         load_tile_states<F>(m.h, s, k, index, b, n, kStates);
@@ -312,7 +318,6 @@ void backward_direction(const SelectiveScan& s, const SelectiveScanGradients& d,
       }
       store_tile<F>(m, s, d, views, k, b, skip, m.dD + i * V, m.dbias + i * V);
     }
-    const ChannelBlock any = channel_block<F>(s, batch, group, first_block);
     if (!kConstantB) store_projection<F>(m.dB, d.B, d.B_directions, s, tile, part, k, any);
     if (!kConstantC) store_projection<F>(m.dC, d.C, d.C_directions, s, tile, part, k, any);
   }

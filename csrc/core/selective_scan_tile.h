@@ -138,7 +138,7 @@ template <class F>
 void load_parameter(F* dst, const void* data, const SelectiveScan& s, int64_t k, const ChannelBlock& b,
                     const int64_t* state_offset) {
   F* p = const_cast<F*>(static_cast<const F*>(data)) + (k * s.dim + b.channel) * s.states;
-  load_block<F>(dst, p, sizeof(F) == 8 ? DType::kFloat64 : DType::kFloat32, state_offset, s.states, s.states, b.lanes);
+  load_block<F>(dst, p, kDTypeOf<F>, state_offset, s.states, s.states, b.lanes);
 }
 
 // One of D, delta_bias (directions, dim) as lanes; zeros when absent.
@@ -209,14 +209,36 @@ struct Coefficients {
   static Vec<F> value(const F* from, int n) { return kConstant ? load(from + n * kLanes<F>) : broadcast(from[n]); }
 };
 
+// Values between the rows of tokens whose coefficients are converted.
+template <class F>
+int64_t converted_row(int64_t states) {
+  return (states + kLanes<F> - 1) / kLanes<F> * kLanes<F>;
+}
+
+// Those of a tile: rows of a varying projection in place where they are of the compute type, else converted into `converted`. The
+// block of a constant one is the channel block's, which the caller enters.
 template <class F, bool kConstant>
-Coefficients<F, kConstant> coefficients(const ProjectionView& v, const F* block, const TokenTile& tile, int64_t k,
-                                        const ChannelBlock& b) {
+Coefficients<F, kConstant> coefficients(const ProjectionView& v, int64_t states, const TokenTile& tile, int64_t k,
+                                        const ChannelBlock& b, F* converted) {
+  constexpr int V = kLanes<F>;
   Coefficients<F, kConstant> c;
-  c.block = block;
   if constexpr (!kConstant) {
-    const F* base = static_cast<const F*>(v.data) + b.batch * v.batch + k * v.direction + b.group * v.group;
-    for (int t = 0; t < tile.count; ++t) c.row[t] = base + tile.row[t] * v.row + tile.column[t] * v.column;
+    visit<F>(v.dtype, const_cast<void*>(v.data), [&](auto* p) {
+      using T = std::remove_pointer_t<decltype(p)>;
+      p += b.batch * v.batch + k * v.direction + b.group * v.group;
+      for (int t = 0; t < tile.count; ++t) {
+        T* row = p + tile.row[t] * v.row + tile.column[t] * v.column;
+        if constexpr (std::is_same_v<T, F>) {
+          c.row[t] = row;
+        } else {
+          F* to = converted + t * converted_row<F>(states);
+          int64_t n = 0;
+          for (; n + V <= states; n += V) store<F>(to + n, load_lanes(row + n));
+          for (; n < states; ++n) to[n] = to_compute(row[n]);
+          c.row[t] = to;
+        }
+      }
+    });
   }
   return c;
 }

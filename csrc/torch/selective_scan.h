@@ -25,8 +25,8 @@ inline StateView state_view(const Tensor& t) {  // (batch, direction, channel, s
 }
 
 inline ProjectionView projection_view(const Tensor& t) {
-  if (t.dim() == 3) return {t.data_ptr(), true, 0, 0, 0, 0, 0};  // (direction, channel, state)
-  return {t.data_ptr(), false, t.stride(0), t.size(1) == 1 ? 0 : t.stride(1), t.stride(2), t.stride(3), t.stride(4)};
+  if (t.dim() == 3) return {t.data_ptr(), dtype_of(t), true, 0, 0, 0, 0, 0};  // (direction, channel, state)
+  return {t.data_ptr(), dtype_of(t), false, t.stride(0), t.size(1) == 1 ? 0 : t.stride(1), t.stride(2), t.stride(3), t.stride(4)};
 }
 
 inline SelectiveScan describe(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,

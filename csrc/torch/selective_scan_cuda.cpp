@@ -8,12 +8,19 @@ namespace {
 
 Shape tile_states_shape(const SelectiveScan& s) { return {s.batch, s.order.directions(), s.tiles(cuda::kTile), s.states, s.dim}; }
 
+// The kernels read B and C in the compute type.
+Tensor projection(const Tensor& t, const Tensor& u) {
+  const ScalarType compute = u.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return t.scalar_type() == compute ? t : torch::stable::to(t, compute);
+}
+
 ForwardResults forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
                        const std::optional<Tensor>& D, const std::optional<Tensor>& z, const std::optional<Tensor>& delta_bias,
                        const std::optional<Tensor>& initial_state, int64_t scheme, int64_t step, bool delta_softplus,
                        bool save_states, bool want_last_state) {
   const CudaContext cuda(u);
-  SelectiveScan s = describe(u, delta, A, B, C, D, z, delta_bias, scheme, step, delta_softplus);
+  const Tensor B_read = projection(B, u), C_read = projection(C, u);
+  SelectiveScan s = describe(u, delta, A, B_read, C_read, D, z, delta_bias, scheme, step, delta_softplus);
   Tensor out = result_like(s, u);
   Tensor last_state = empty(u, last_state_shape(s), compute_type(s));  // between two tiles the kernel keeps its states there
   Tensor tile_states = empty(u, save_states ? tile_states_shape(s) : Shape{0}, compute_type(s));
@@ -43,7 +50,8 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_las
                    const std::optional<Tensor>& z, const std::optional<Tensor>& delta_bias, const Tensor& tile_states,
                    int64_t scheme, int64_t step, bool delta_softplus, bool has_initial_state) {
   const CudaContext cuda(u);
-  SelectiveScan s = describe(u, delta, A, B, C, D, z, delta_bias, scheme, step, delta_softplus);
+  const Tensor B_read = projection(B, u), C_read = projection(C, u);
+  SelectiveScan s = describe(u, delta, A, B_read, C_read, D, z, delta_bias, scheme, step, delta_softplus);
   s.tile_states = tile_states.data_ptr();
   const int lanes = cuda::selective_scan_lanes(s, cuda.multiprocessors);
   const int64_t K = s.order.directions(), parts = cuda::selective_scan_parts(s, lanes);
@@ -63,14 +71,13 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_las
   check(cuda::selective_scan_backward(s, d, lanes, cuda.stream));
 
   const auto sum = [&](const Tensor& t) { return sum_parts(t, cuda.stream); };
-  const auto projection = [&](const Tensor& t, const Tensor& sums) {
+  const auto summed = [&](const Tensor& t, const Tensor& sums) {
     if (t.dim() == 3) return sum(sums);
     Tensor out = empty(u, {s.batch, t.size(1), s.groups, u.size(2), u.size(3), s.states}, compute);
     check(cuda::sum_projection(s, sums.data_ptr(), parts, t.size(1), out.data_ptr(), cuda.stream));
     return out;
   };
-  return finished_results(s, r, u, delta, z, projection(B, dB), projection(C, dC),
-                          has_initial_state ? dh0 : empty(u, {0}, compute), sum);
+  return finished_results(s, r, u, delta, z, summed(B, dB), summed(C, dC), has_initial_state ? dh0 : empty(u, {0}, compute), sum);
 }
 
 }  // namespace

@@ -63,9 +63,8 @@ def parameter(p: Tensor, directions: int, compute: torch.dtype, plain_dims: int 
     return p if p.is_contiguous() else p.contiguous()
 
 
-def rows_of(p: Tensor, compute: torch.dtype) -> Tensor:
-    """The kernels read N, the last dimension, with stride 1, in the compute dtype."""
-    p = in_dtype(p, compute)
+def rows_of(p: Tensor) -> Tensor:
+    """The kernels read N, the last dimension, with stride 1."""
     return p if p.stride(-1) == 1 or p.shape[-1] == 1 else p.contiguous()
 
 

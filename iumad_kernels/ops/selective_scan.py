@@ -129,7 +129,7 @@ def _sequence_projection(p: Tensor, compute: torch.dtype) -> Tensor:
     """B or C as (batch, 1, groups, 1, length, N), or (1, dim, N) where constant."""
     if p.dim() == 2:
         return parameter(p, 1, compute, plain_dims=2)
-    p = rows_of(p.transpose(-1, -2), compute).unsqueeze(-3).unsqueeze(1)
+    p = rows_of(p.transpose(-1, -2)).unsqueeze(-3).unsqueeze(1)
     return p if p.dim() == 6 else p.unsqueeze(1)
 
 

@@ -101,8 +101,8 @@ def selective_scan_2d(
         u,
         delta if delta.dim() == 5 else delta.unsqueeze(1),
         parameter(A, K, compute, plain_dims=2),
-        _grid_projection(B, compute),
-        _grid_projection(C, compute),
+        _grid_projection(B),
+        _grid_projection(C),
         None if D is None else parameter(D, K, compute),
         None,
         None if delta_bias is None else parameter(delta_bias, K, compute),
@@ -120,10 +120,10 @@ def directions(scheme: str, step: int = 2) -> int:
     return step * step if scheme == "es2d" else _DIRECTIONS[scheme]
 
 
-def _grid_projection(p: Tensor, compute: torch.dtype) -> Tensor:
+def _grid_projection(p: Tensor) -> Tensor:
     """B or C as (batch, K or 1, groups, H, W, N)."""
     if p.dim() == 4:
         p = p[:, None, None]
     elif p.dim() == 5:
         p = p.unsqueeze(2)
-    return rows_of(p.movedim(3, -1), compute)
+    return rows_of(p.movedim(3, -1))

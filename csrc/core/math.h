@@ -174,6 +174,17 @@ inline Vec<F> exp_minus_abs(Vec<F> x) {
 template <class F>
 inline Vec<F> sigmoid(Vec<F> x) {
   using V = Vec<F>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 4) {
+    // Rounding leaves no fraction of exponents that are too large to have one, and scalef makes 0 or inf of them: no clamping.
+    const V t = x * broadcast(-kLog2E<F>), n = (V)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT);
+    const V e = (V)_mm512_scalef_ps((__m512)detail::exp2_fraction(t - n), (__m512)n);
+    const V s = e + broadcast(F(1)), guess = (V)_mm512_rcp14_ps((__m512)s);
+    // Newton's step from the guess. Of s = inf the guess is 0 and the error NaN, of which the maximum makes -1: that stays 0.
+    const V error = (V)_mm512_max_ps((__m512)(broadcast(F(1)) - s * guess), (__m512)broadcast(F(-1)));
+    return fma(guess, error, guess);
+  }
+#endif
   const V e = detail::exp_minus_abs<F>(x);
   const V one = broadcast(F(1));
   return (x < V{} ? e : one) * reciprocal_near_one<F>(one + e);

@@ -86,12 +86,14 @@ inline uint32_t existing(int64_t from, int64_t to, int64_t first, int count) {
 // x both meet. Every pixel is loaded once; those that do not exist are left out.
 template <int kStride, int kRows, int kRun, int kTapRows, int kTapColumns, class F, class Use>
 inline void meet(const F* first, int64_t row, int64_t column, uint32_t rows, uint32_t columns, const Use& use) {
+  constexpr int kWidth = (kRun - 1) * kStride + kTapColumns;
+  static_assert(kWidth <= 16, "IUMAD_UNROLL unrolls this far: g++ 12 got a loop of 17 wrong");
   IUMAD_UNROLL
   for (int y = 0; y < (kRows - 1) * kStride + kTapRows; ++y) {
     if (!(rows & (uint32_t(1) << y))) continue;
     const F* p = first + y * row;
     IUMAD_UNROLL
-    for (int x = 0; x < (kRun - 1) * kStride + kTapColumns; ++x, p += column) {
+    for (int x = 0; x < kWidth; ++x, p += column) {
       if (!(columns & (uint32_t(1) << x))) continue;
       const Vec<F> value = load(p);
       IUMAD_UNROLL

@@ -1,6 +1,7 @@
 #include "depthwise_conv2d.h"
 
 #include "conv_block.h"
+#include "conv_tokens.h"
 #include "math.h"
 
 namespace iumad::IUMAD_ISA {
@@ -174,6 +175,7 @@ Chunks<F> forward_chunks(const DepthwiseConv2d& s) {
 
 template <class F>
 int64_t forward_tasks(const DepthwiseConv2d& s) {
+  if (tokens_in_lanes(s)) return s.batch * s.channels;
   return s.batch * Tiling(s).count() * forward_chunks<F>(s).count();
 }
 
@@ -233,11 +235,13 @@ Chunks<F> backward_chunks(const DepthwiseConv2d& s) {
 
 template <class F>
 int64_t backward_parts(const DepthwiseConv2d& s) {
+  if (tokens_in_lanes(s)) return least(s.batch, div_up(kTasksWanted, s.channels));
   return least(s.batch * Tiling(s).count(), div_up(kTasksWanted, backward_chunks<F>(s).count()));
 }
 
 template <class F>
 int64_t backward_tasks(const DepthwiseConv2d& s) {
+  if (tokens_in_lanes(s)) return s.channels * backward_parts<F>(s);
   return backward_chunks<F>(s).count() * backward_parts<F>(s);
 }
 
@@ -380,6 +384,7 @@ int64_t backward_tasks_any(const DepthwiseConv2d& s) {
 }
 
 void forward_any(const DepthwiseConv2d& s, int64_t begin, int64_t end) {
+  if (tokens_in_lanes(s)) return s.is_double ? forward_tokens<double>(s, begin, end) : forward_tokens<float>(s, begin, end);
   if (s.is_double) {
     with_any_kernel(s, [&](const auto& kernel) { forward<double>(s, kernel, begin, end); });
   } else {
@@ -388,6 +393,10 @@ void forward_any(const DepthwiseConv2d& s, int64_t begin, int64_t end) {
 }
 
 void backward_any(const DepthwiseConv2d& s, const DepthwiseConv2dGradients& d, int64_t begin, int64_t end) {
+  if (tokens_in_lanes(s)) {
+    const int64_t parts = backward_parts_any(s);
+    return s.is_double ? backward_tokens<double>(s, d, parts, begin, end) : backward_tokens<float>(s, d, parts, begin, end);
+  }
   if (s.is_double) {
     with_any_kernel(s, [&](const auto& kernel) { backward<double>(s, d, kernel, begin, end); });
   } else {

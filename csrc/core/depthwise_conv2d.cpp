@@ -7,8 +7,10 @@
 namespace iumad::IUMAD_ISA {
 namespace {
 
-constexpr int64_t kTileSide = 16, kTilePixels = 256;  // of the input: with a chunk's channels it fits the second-level cache
-constexpr int64_t kTasksWanted = 64;                  // of backward, so that many cores are busy although a task walks many tiles
+// Of the input, with a chunk's channels. Channels-last a tile shares the second-level cache with what becomes of it, and is as
+// wide as it can be with kTileRows rows: memory is read in long stretches. In other layouts it stays in the first-level cache.
+constexpr int64_t kTileBytes = int64_t(256) << 10, kTileRows = 8, kTransposedPixels = 256;
+constexpr int64_t kTasksWanted = 64;  // of backward, so that many cores are busy although a task walks many tiles
 
 // Bytes of channels taken together. Tensors used where they are: long stretches, for the hardware's prefetching. Others go
 // through scratch: where channels are side by side still several cache lines at a time (single lines, a whole feature row apart,
@@ -22,11 +24,13 @@ struct Tiling {
   int64_t rows, columns, down, across;
 
   explicit Tiling(const DepthwiseConv2d& s) {
-    const int64_t height = s.out_height(), width = s.out_width();
-    down = div_up(height, kTileSide / s.stride);
-    rows = div_up(height, down);
-    across = div_up(width, most(1, kTilePixels / (s.stride * s.stride) / rows));
+    const int64_t height = s.out_height(), width = s.out_width(), bytes = s.channels * (s.is_double ? 8 : 4);
+    const int64_t inputs = s.x.channel == 1 ? kTileBytes / most(kVectorBytes, least(kChunkInPlace, bytes)) : kTransposedPixels;
+    const int64_t outputs = inputs / (s.stride * s.stride);
+    across = div_up(width, outputs / least(height, kTileRows / s.stride));
     columns = div_up(width, across);
+    down = div_up(height, most(1, outputs / columns));
+    rows = div_up(height, down);
   }
   int64_t count() const { return down * across; }
   // The most pixels a tile reads or writes of any tensor, forward and backward.
@@ -56,7 +60,7 @@ struct Chunks {
     whole = channels / kLanes<F> * kLanes<F>;
   }
   int64_t count() const { return div_up(whole, size) + (whole < channels); }
-  int64_t vectors() const { return size / kLanes<F>; }
+  int64_t vectors() const { return div_up(least(size, channels), kLanes<F>); }
   Chunk chunk(int64_t batch, int64_t i) const {
     const int64_t first = least(i * size, whole);
     return {batch, first, first == whole ? channels - whole : least(size, whole - first)};

@@ -177,6 +177,12 @@ inline void convolve(const Pixels<F>& in, const Bounds& bounds, const K& kernel,
     const Window<F> window(in, bounds, r * kStride - up, c * kStride - before);
     alignas(kVectorBytes) F sums[kRows * kRun * V];
     for (int n = 0; n < vectors; ++n) {
+      if constexpr (kStride >
+                    1) {  // few products per pixel: memory is what takes time, so ask for what the block below reads first
+        const F* below = window.first + kernel.rows() * in.row + before * in.column + n * in.vector;
+        for (int y = 0; y < kRows * kStride; ++y)
+          for (int x = 0; x < kRun * kStride; ++x) __builtin_prefetch(below + y * in.row + x * in.column);
+      }
       sum_block<K, kRows, kRun>(kernel, window, n * in.vector, weight + n * kernel.rows() * kernel.columns() * V, bias + n * V,
                                 taps, c, c * kStride - before, sums);
       for (int o = 0; o < kRows; ++o) finish(r + o, c, n, sums + o * kRun * V, kRun);

@@ -121,8 +121,8 @@ struct TokenRows {
       IUMAD_UNROLL
       for (int j = 0; j < kTaps; ++j) store<F>(dweight + (j0 + j) * V, load(dweight + (j0 + j) * V) + sum[j]);
     }
-    for (int64_t t = whole; t < length;
-         ++t) {  // one by one: past the row the zeros of dz would meet tokens, which may be infinite
+    // The rest one by one: past the row the zeros of dz would meet tokens, which may be infinite.
+    for (int64_t t = whole; t < length; ++t) {
       dbias[0] += g[t];
       for (int64_t j = 0; j < taps; ++j) dweight[j * V] += g[t] * x[t + j];
     }

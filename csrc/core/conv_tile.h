@@ -1,10 +1,8 @@
-// What the passes of the depthwise convolution share: tiles of pixels in scratch memory, channels in lanes, and the sum over
-// taps.
+// What the passes of the depthwise convolution share: tiles of pixels, channels in lanes, in scratch memory or where they are.
 #pragma once
 
 #include "block.h"
 #include "depthwise_conv2d.h"
-#include "math.h"
 #include "scratch.h"
 
 namespace iumad::IUMAD_ISA {
@@ -31,16 +29,6 @@ struct Chunk {
     return channels % kLanes<F> == 0;
   }
 };
-
-// Calls f<kRun>(first) for runs that cover [0, n): as many of kMost as fit, then of kMost / 2, ...
-template <int kMost, class Visitor>
-inline void for_runs(int64_t n, Visitor&& f) {
-  int64_t i = 0;
-  for (; i + kMost <= n; i += kMost) f(std::integral_constant<int, kMost>{}, i);
-  if constexpr (kMost > 1) {
-    if (i < n) for_runs<kMost / 2>(n - i, [&](auto run, int64_t first) { f(run, i + first); });
-  }
-}
 
 inline int64_t pixel(const GridView& v, const Chunk& k, int64_t row, int64_t column) {
   return k.batch * v.batch + k.channel * v.channel + row * v.row + column * v.column;
@@ -141,7 +129,7 @@ inline Pixels<F> in_scratch(F* first, int64_t plane, const Rect& r) {
 // Whether the tensor can be read and written where it is: elements of the compute type, channels side by side.
 template <class F>
 inline bool in_place(const GridView& v) {
-  return v.channel == 1 && v.dtype == (sizeof(F) == 8 ? DType::kFloat64 : DType::kFloat32);
+  return v.channel == 1 && v.dtype == kDTypeOf<F>;
 }
 
 template <class F>
@@ -149,160 +137,10 @@ inline Pixels<F> tensor_pixels(const GridView& v, const Chunk& k) {
   return {static_cast<F*>(v.data) + pixel(v, k, 0, 0), v.row, v.column, kLanes<F>, 0, 0};
 }
 
-// The kernel's size and stride, known at compile time except where rows = columns = 0 stands for any size.
-template <int kRows, int kColumns, int kStep>
-struct Kernel {
-  static constexpr int kStride = kStep;
-  int64_t any_rows, any_columns;
-  int64_t rows() const { return kRows ? kRows : any_rows; }
-  int64_t columns() const { return kRows ? kColumns : any_columns; }
-  static constexpr bool kOneRow = kRows <= 1 && kStep == 1;  // may be a sequence's
-  // Outputs of a row and taps of a kernel row that are worked on together, in registers.
-  static constexpr int kRun = kStep == 1 ? 7 : 4, kColumnRun = kRows ? kColumns : 1;
-};
-
-template <class Visitor>
-inline void with_any_kernel(const DepthwiseConv2d& s, Visitor&& f) {
-  if (s.stride == 1) return f(Kernel<0, 0, 1>{s.kernel_height, s.kernel_width});
-  return f(Kernel<0, 0, 2>{s.kernel_height, s.kernel_width});
-}
-
-// Calls f with the Kernel; the common sizes of both ops are compiled with their loops unrolled.
-template <class Visitor>
-inline void with_kernel(const DepthwiseConv2d& s, Visitor&& f) {
-  const auto is = [&](int64_t rows, int64_t columns, int64_t stride) {
-    return s.kernel_height == rows && s.kernel_width == columns && s.stride == stride;
-  };
-  if (is(3, 3, 1)) return f(Kernel<3, 3, 1>{});
-  if (is(3, 3, 2)) return f(Kernel<3, 3, 2>{});
-  if (is(5, 5, 1)) return f(Kernel<5, 5, 1>{});
-  if (is(5, 5, 2)) return f(Kernel<5, 5, 2>{});
-  if (is(1, 2, 1)) return f(Kernel<1, 2, 1>{});
-  if (is(1, 3, 1)) return f(Kernel<1, 3, 1>{});
-  if (is(1, 4, 1)) return f(Kernel<1, 4, 1>{});
-  with_any_kernel(s, f);
-}
-
-// The same kernel with stride 1: the gradient of the input is a plain convolution of the spread out dz.
-template <int kRows, int kColumns, int kStep>
-inline Kernel<kRows, kColumns, 1> unit_stride(const Kernel<kRows, kColumns, kStep>& k) {
-  return {k.any_rows, k.any_columns};
-}
-
-// Which taps count: all of them, or those whose token belongs to the same sequence. Asked with columns of the image.
-struct AllTaps {
-  bool operator()(int64_t, int64_t) const { return true; }
-  bool skipped(int64_t) const { return false; }
-};
-struct SameSequence {
-  const int32_t* number;
-  int64_t length;
-  bool operator()(int64_t token, int64_t other) const { return other >= 0 && other < length && number[token] == number[other]; }
-  bool skipped(int64_t token) const { return number[token] < 0; }
-};
-
-template <class K, class Visitor>
-inline void with_taps(const DepthwiseConv2d& s, const K&, int64_t batch, Visitor&& f) {
-  if constexpr (K::kOneRow) {
-    if (s.sequence) return f(SameSequence{s.sequence + batch * s.width, s.width});
-  }
-  f(AllTaps{});
-}
-
-// Rows and columns that exist: [top, bottom) x [left, right).
-struct Bounds {
-  int64_t top, bottom, left, right;
-};
-
-// Which of the next `count` columns from `first` on exist, as bits.
-inline uint32_t existing(const Bounds& b, int64_t first, int count) {
-  const int64_t from = most(0, b.left - first), to = least(count, b.right - first);
-  return to <= from ? 0 : (uint32_t(1) << to) - (uint32_t(1) << from);
-}
-
-// Slides kTaps taps over kRun outputs that are kStride apart, one row of both: use(t, j, x) for output t, tap j and the pixel
-// both meet at. Every pixel is loaded once; those that do not exist are 0.
-template <int kStride, int kRun, int kTaps, class F, class Use>
-inline void slide(const F* p, int64_t column, uint32_t exist, const Use& use) {
-  IUMAD_UNROLL
-  for (int q = 0; q < (kRun - 1) * kStride + kTaps; ++q, p += column) {
-    Vec<F> x{};
-    if (exist & (uint32_t(1) << q)) x = load(p);
-    IUMAD_UNROLL
-    for (int j = 0; j < kTaps; ++j)
-      if (q >= j && (q - j) % kStride == 0 && (q - j) / kStride < kRun) use((q - j) / kStride, j, x);
-  }
-}
-
-// finish(r, c, n, sum) for every output pixel and vector of channels: bias (may be null) + the taps on `in`, whose row for output
-// row r and kernel row i is r * stride - up + i. Taps out of bounds meet 0. counts(c, j): whether kernel column j counts for
-// column c.
-template <class F, class K, class Counts, class Finish>
-inline void convolve(const Pixels<F>& in, const Bounds& bounds, const K& kernel, int64_t up, int64_t before, const F* weight,
-                     const F* bias, const Rect& out, int vectors, const Counts& counts, const Finish& finish) {
-  constexpr int V = kLanes<F>, kStride = K::kStride;
-  const int64_t taps_per_vector = kernel.rows() * kernel.columns();
-  for (int64_t r = out.row; r < out.row + out.rows; ++r) {
-    const int64_t top = r * kStride - up;
-    const int64_t i_from = most(0, bounds.top - top), i_to = least(kernel.rows(), bounds.bottom - top);
-    for_runs<K::kRun>(out.columns, [&](auto run, int64_t start) {
-      constexpr int kRun = decltype(run)::value;
-      const int64_t c = out.column + start, first = c * kStride - before;
-      for (int n = 0; n < vectors; ++n) {
-        Vec<F> sum[kRun];
-        IUMAD_UNROLL
-        for (int t = 0; t < kRun; ++t) sum[t] = bias ? load(bias + n * V) : Vec<F>{};
-        for (int64_t i = i_from; i < i_to; ++i) {
-          for (int64_t j0 = 0; j0 < kernel.columns(); j0 += K::kColumnRun) {
-            const F* w = weight + (n * taps_per_vector + i * kernel.columns() + j0) * V;
-            const uint32_t exist = existing(bounds, first + j0, (kRun - 1) * kStride + K::kColumnRun);
-            slide<kStride, kRun, K::kColumnRun>(in.at(top + i, first + j0) + n * in.vector, in.column, exist,
-                                                [&](int t, int j, Vec<F> x) {
-                                                  if (counts(c + t, j0 + j)) sum[t] = fma(load(w + j * V), x, sum[t]);
-                                                });
-          }
-        }
-        IUMAD_UNROLL
-        for (int t = 0; t < kRun; ++t) finish(r, c + t, n, sum[t]);
-      }
-    });
-  }
-}
-
-// dw[n][tap] += sum over the output pixels of dz times the tap's x; dz lies at the outputs' rows and columns times the stride.
-template <class F, class K, class Counts>
-inline void correlate(const Pixels<F>& dz, const Pixels<F>& x, const Bounds& bounds, const K& kernel, int64_t up, int64_t before,
-                      const Rect& out, int vectors, const Counts& counts, F* dw) {
-  constexpr int V = kLanes<F>, kStride = K::kStride, kTaps = K::kColumnRun;
-  const int64_t taps_per_vector = kernel.rows() * kernel.columns();
-  for (int64_t r = out.row; r < out.row + out.rows; ++r) {
-    const int64_t top = r * kStride - up;
-    const int64_t i_from = most(0, bounds.top - top), i_to = least(kernel.rows(), bounds.bottom - top);
-    for_runs<K::kRun>(out.columns, [&](auto run, int64_t start) {
-      constexpr int kRun = decltype(run)::value;
-      const int64_t c = out.column + start, first = c * kStride - before;
-      for (int n = 0; n < vectors; ++n) {
-        Vec<F> gradient[kRun];
-        const F* g = dz.at(r * kStride, c * kStride) + n * dz.vector;
-        IUMAD_UNROLL
-        for (int t = 0; t < kRun; ++t, g += kStride * dz.column) gradient[t] = load(g);
-        for (int64_t i = i_from; i < i_to; ++i) {
-          for (int64_t j0 = 0; j0 < kernel.columns(); j0 += kTaps) {
-            F* total = dw + (n * taps_per_vector + i * kernel.columns() + j0) * V;
-            Vec<F> sum[kTaps];
-            IUMAD_UNROLL
-            for (int j = 0; j < kTaps; ++j) sum[j] = load(total + j * V);
-            const uint32_t exist = existing(bounds, first + j0, (kRun - 1) * kStride + kTaps);
-            slide<kStride, kRun, kTaps>(x.at(top + i, first + j0) + n * x.vector, x.column, exist, [&](int t, int j, Vec<F> v) {
-              if (counts(c + t, j0 + j)) sum[j] = fma(gradient[t], v, sum[j]);
-            });
-            IUMAD_UNROLL
-            for (int j = 0; j < kTaps; ++j) store<F>(total + j * V, sum[j]);
-          }
-        }
-      }
-    });
-  }
+// Every step-th row and column of p from (row, column) on, counted from 0.
+template <class F>
+inline Pixels<F> every(const Pixels<F>& p, int64_t step, int64_t row, int64_t column) {
+  return {p.at(row, column), p.row * step, p.column * step, p.vector, 0, 0};
 }
 
 }  // namespace iumad::IUMAD_ISA

@@ -1,12 +1,16 @@
 #include "depthwise_conv2d.h"
 
-#include "conv_tile.h"
+#include "conv_block.h"
+#include "conv_tokens.h"
+#include "math.h"
 
 namespace iumad::IUMAD_ISA {
 namespace {
 
-constexpr int64_t kTileSide = 16, kTilePixels = 256;  // of the input: with a chunk's channels it fits the second-level cache
-constexpr int64_t kTasksWanted = 64;                  // of backward, so that many cores are busy although a task walks many tiles
+// Of the input, with a chunk's channels. Channels-last a tile shares the second-level cache with what becomes of it, and is as
+// wide as it can be with kTileRows rows: memory is read in long stretches. In other layouts it stays in the first-level cache.
+constexpr int64_t kTileBytes = int64_t(256) << 10, kTileRows = 8, kTransposedPixels = 256;
+constexpr int64_t kTasksWanted = 64;  // of backward, so that many cores are busy although a task walks many tiles
 
 // Bytes of channels taken together. Tensors used where they are: long stretches, for the hardware's prefetching. Others go
 // through scratch: where channels are side by side still several cache lines at a time (single lines, a whole feature row apart,
@@ -20,11 +24,13 @@ struct Tiling {
   int64_t rows, columns, down, across;
 
   explicit Tiling(const DepthwiseConv2d& s) {
-    const int64_t height = s.out_height(), width = s.out_width();
-    down = div_up(height, kTileSide / s.stride);
-    rows = div_up(height, down);
-    across = div_up(width, most(1, kTilePixels / (s.stride * s.stride) / rows));
+    const int64_t height = s.out_height(), width = s.out_width(), bytes = s.channels * (s.is_double ? 8 : 4);
+    const int64_t inputs = s.x.channel == 1 ? kTileBytes / most(kVectorBytes, least(kChunkInPlace, bytes)) : kTransposedPixels;
+    const int64_t outputs = inputs / (s.stride * s.stride);
+    across = div_up(width, outputs / least(height, kTileRows / s.stride));
     columns = div_up(width, across);
+    down = div_up(height, most(1, outputs / columns));
+    rows = div_up(height, down);
   }
   int64_t count() const { return down * across; }
   // The most pixels a tile reads or writes of any tensor, forward and backward.
@@ -54,7 +60,7 @@ struct Chunks {
     whole = channels / kLanes<F> * kLanes<F>;
   }
   int64_t count() const { return div_up(whole, size) + (whole < channels); }
-  int64_t vectors() const { return size / kLanes<F>; }
+  int64_t vectors() const { return div_up(least(size, channels), kLanes<F>); }
   Chunk chunk(int64_t batch, int64_t i) const {
     const int64_t first = least(i * size, whole);
     return {batch, first, first == whole ? channels - whole : least(size, whole - first)};
@@ -74,27 +80,56 @@ Rect inputs_of(const DepthwiseConv2d& s, const Rect& r) {
 
 int64_t taps_of(const DepthwiseConv2d& s) { return s.kernel_height * s.kernel_width; }
 
+// The inputs p = m stride + tap - pad, m in [begin, end), in one direction: they meet the taps tap, tap + stride, ... and no
+// others.
+struct Phase {
+  int64_t tap, taps, begin, end;
+
+  Phase(int64_t tap, int64_t stride, int64_t pad, int64_t kernel, int64_t first, int64_t count)
+      : tap(tap),
+        taps(div_up(most(0, kernel - tap), stride)),
+        begin(div_up(first + pad - tap, stride)),
+        end(div_up(first + count + pad - tap, stride)) {}
+};
+
+// Calls f(rows, columns) for the phases of a rectangle of inputs.
+template <class Visitor>
+void for_phases(const DepthwiseConv2d& s, const Rect& inputs, Visitor&& f) {
+  for (int64_t i = 0; i < s.stride; ++i)
+    for (int64_t j = 0; j < s.stride; ++j)
+      f(Phase(i, s.stride, s.pad_top, s.kernel_height, inputs.row, inputs.rows),
+        Phase(j, s.stride, s.pad_left, s.kernel_width, inputs.column, inputs.columns));
+}
+
 // The filters and biases of channels [first, first + count) as lanes: [vector][tap][lane], [vector][lane].
 template <class F>
 struct Filters {
   static constexpr int V = kLanes<F>;
   int64_t taps;
   Scratch memory;
-  F *weight, *flipped, *bias;
-  int64_t* offset;  // room for the taps' offsets
+  F *weight, *bias;
+  F* phased;                // the weights, phase after phase, each turned around: as the gradient of the inputs needs them
+  int64_t *order, *offset;  // which tap is where in `phased`; room for the taps' offsets
 
   Filters(const DepthwiseConv2d& s, int64_t first, int64_t count)
       : taps(taps_of(s)),
-        memory(2 * Scratch::bytes<F>((count + V) * taps) + Scratch::bytes<F>(count + V) + Scratch::bytes<int64_t>(taps)) {
+        memory(2 * Scratch::bytes<F>((count + V) * taps) + Scratch::bytes<F>(count + V) + 2 * Scratch::bytes<int64_t>(taps)) {
     weight = memory.take<F>((count + V) * taps);
-    flipped = memory.take<F>((count + V) * taps);
+    phased = memory.take<F>((count + V) * taps);
     bias = memory.take<F>(count + V);
+    order = memory.take<int64_t>(taps);
     offset = memory.take<int64_t>(taps);
+    int64_t* next = order;
+    for_phases(s, {}, [&](const Phase& rows, const Phase& columns) {
+      for (int64_t i = rows.taps - 1; i >= 0; --i)
+        for (int64_t j = columns.taps - 1; j >= 0; --j)
+          *next++ = (rows.tap + i * s.stride) * s.kernel_width + columns.tap + j * s.stride;
+    });
     for (int64_t c = 0; c < count; c += V) {
       const Chunk k = {0, first + c, least(V, s.channels - first - c)};
       F* w = weight + c * taps;
       load_rect<F>(w, 0, s.weight, k, {0, 0, s.kernel_height, s.kernel_width}, offset);
-      for (int64_t i = 0; i < taps; ++i) store<F>(flipped + c * taps + i * V, load(w + (taps - 1 - i) * V));
+      for (int64_t i = 0; i < taps; ++i) store<F>(phased + c * taps + i * V, load(w + order[i] * V));
       clear_pixels(bias + c, 1);
       if (s.bias.data) load_rect<F>(bias + c, 0, s.bias, k, {0, 0, 1, 1}, offset);
     }
@@ -144,6 +179,7 @@ Chunks<F> forward_chunks(const DepthwiseConv2d& s) {
 
 template <class F>
 int64_t forward_tasks(const DepthwiseConv2d& s) {
+  if (tokens_in_lanes(s)) return s.batch * s.channels;
   return s.batch * Tiling(s).count() * forward_chunks<F>(s).count();
 }
 
@@ -161,13 +197,14 @@ void forward(const DepthwiseConv2d& s, const K& kernel, int64_t begin, int64_t e
     const Rect tile = tiling.tile(s, item % tiling.count());
     const Pixels<F> x = x_tile.read_x(s, k, inputs_of(s, tile)), out = out_tile.write(s.out, k, tile);
     with_taps(s, kernel, k.batch, [&](const auto& taps) {
-      convolve<F>(
-          x, image(s), kernel, s.pad_top, s.pad_left, filters.weight + k.channel * filters.taps, filters.bias + k.channel, tile,
-          k.vectors<F>(), [&](int64_t c, int64_t j) { return taps(c, c * K::kStride - s.pad_left + j); },
-          [&](int64_t r, int64_t c, int n, Vec<F> z) {
-            if (taps.skipped(c)) z = Vec<F>{};
-            store<F>(out.at(r, c) + n * out.vector, s.silu ? z * sigmoid<F>(z) : z);
-          });
+      convolve<F>(x, image(s), kernel, s.pad_top, s.pad_left, filters.weight + k.channel * filters.taps, filters.bias + k.channel,
+                  tile, k.vectors<F>(), taps, [&, silu = s.silu](int64_t r, int64_t c, int n, const F* sums, int count) {
+                    F* p = out.at(r, c) + n * out.vector;
+                    for (int t = 0; t < count; ++t) {
+                      const Vec<F> z = taps.skipped(c + t) ? Vec<F>{} : load(sums + t * kLanes<F>);
+                      store<F>(p + t * out.column, silu ? z * sigmoid<F>(z) : z);
+                    }
+                  });
     });
     out_tile.written(s.out, k, tile);
   }
@@ -193,11 +230,6 @@ struct BackwardTile {
     reach(inputs.row, inputs.rows, s.pad_top, s.kernel_height, s.out_height(), &reaching.row, &reaching.rows);
     reach(inputs.column, inputs.columns, s.pad_left, s.kernel_width, s.out_width(), &reaching.column, &reaching.columns);
   }
-  // The reaching outputs where they are `stride` apart, as the gradient of the inputs needs them.
-  Rect spread(int64_t stride) const {
-    return {reaching.row * stride, reaching.column * stride, (reaching.rows - 1) * stride + 1,
-            (reaching.columns - 1) * stride + 1};
-  }
 };
 
 template <class F>
@@ -207,41 +239,41 @@ Chunks<F> backward_chunks(const DepthwiseConv2d& s) {
 
 template <class F>
 int64_t backward_parts(const DepthwiseConv2d& s) {
+  if (tokens_in_lanes(s)) return least(s.batch, div_up(kTasksWanted, s.channels));
   return least(s.batch * Tiling(s).count(), div_up(kTasksWanted, backward_chunks<F>(s).count()));
 }
 
 template <class F>
 int64_t backward_tasks(const DepthwiseConv2d& s) {
+  if (tokens_in_lanes(s)) return s.channels * backward_parts<F>(s);
   return backward_chunks<F>(s).count() * backward_parts<F>(s);
 }
 
-// dz of the outputs that reach a tile, `stride` apart in scratch with zeros between.
+// dz of the outputs that reach a tile.
 template <class F, class K, class Taps>
-Pixels<F> spread_dz(const DepthwiseConv2d& s, const BackwardTile& t, const Chunk& k, const K& kernel, const Taps& taps,
-                    const Pixels<F>& x, const Pixels<F>& dout, const Filters<F>& filters, Tile<F>& tile) {
-  const Rect spread = t.spread(s.stride), &out = t.reaching;
-  const Pixels<F> dz = in_scratch(tile.pixels, tile.plane, spread);
+Pixels<F> output_gradient(const DepthwiseConv2d& s, const Rect& out, const Chunk& k, const K& kernel, const Taps& taps,
+                          const Pixels<F>& x, const Pixels<F>& dout, const Filters<F>& filters, Tile<F>& tile) {
+  const Pixels<F> dz = in_scratch(tile.pixels, tile.plane, out);
   const int vectors = k.vectors<F>();
-  if (s.stride > 1)
-    for (int n = 0; n < vectors; ++n) clear_pixels(tile.pixels + n * tile.plane, spread.pixels());
-  const auto put = [&](int64_t r, int64_t c, int n, Vec<F> slope) {
-    const Vec<F> g = load(dout.at(r, c) + n * dout.vector);
-    store<F>(dz.at(r * K::kStride, c * K::kStride) + n * dz.vector, taps.skipped(c) ? Vec<F>{} : g * slope);
-  };
   const Vec<F> one = broadcast(F(1));
-  if (!s.silu) {
+  const auto put = [&](int64_t r, int64_t c, int n, int count, const auto& slope) {
+    const F* from = dout.at(r, c) + n * dout.vector;
+    F* to = dz.at(r, c) + n * dz.vector;
+    for (int t = 0; t < count; ++t)
+      store<F>(to + t * dz.column, taps.skipped(c + t) ? Vec<F>{} : load(from + t * dout.column) * slope(t));
+  };
+  if (s.silu) {
+    convolve<F>(x, image(s), kernel, s.pad_top, s.pad_left, filters.weight, filters.bias, out, vectors, taps,
+                [&](int64_t r, int64_t c, int n, const F* sums, int count) {
+                  put(r, c, n, count, [&](int t) {
+                    const Vec<F> z = load(sums + t * kLanes<F>), gate = sigmoid<F>(z);
+                    return gate * fma(z, one - gate, one);
+                  });
+                });
+  } else {
     for (int64_t r = out.row; r < out.row + out.rows; ++r)
-      for (int64_t c = out.column; c < out.column + out.columns; ++c)
-        for (int n = 0; n < vectors; ++n) put(r, c, n, one);
-    return dz;
+      for (int n = 0; n < vectors; ++n) put(r, out.column, n, int(out.columns), [&](int) { return one; });
   }
-  convolve<F>(
-      x, image(s), kernel, s.pad_top, s.pad_left, filters.weight, filters.bias, out, vectors,
-      [&](int64_t c, int64_t j) { return taps(c, c * K::kStride - s.pad_left + j); },
-      [&](int64_t r, int64_t c, int n, Vec<F> z) {
-        const Vec<F> gate = sigmoid<F>(z);
-        put(r, c, n, gate * fma(z, one - gate, one));
-      });
   return dz;
 }
 
@@ -253,27 +285,52 @@ void store_input_gradient(const DepthwiseConv2dGradients& d, const Chunk& k, con
   store_rect<F>(tile.pixels + history * kLanes<F>, tile.plane, d.x, k, {0, 0, 1, inputs.columns - history}, tile.offset);
 }
 
-// The share of dweight and dbias of the outputs a tile owns, [vector][tap][lane] and [vector][lane], added to the totals.
+// Every phase of the inputs sees the outputs as a convolution of stride 1 with its own taps.
+template <int kRows, int kColumns, int kStep>
+auto phase_kernel(const Kernel<kRows, kColumns, kStep>& kernel, const Phase& rows, const Phase& columns) {
+  if constexpr (kStep == 1) {
+    return kernel;
+  } else {
+    return Kernel<0, 0, 1>{rows.taps, columns.taps};
+  }
+}
+
+// Writes dx of a tile's inputs; dweight, [vector][phased tap][lane], becomes their share of it.
 template <class F, class K, class Taps>
-void add_parameter_gradients(const DepthwiseConv2d& s, const Rect& out, const Chunk& k, const K& kernel, const Taps& taps,
-                             const Pixels<F>& dz, const Pixels<F>& x, F* share, F* dweight, F* dbias) {
-  constexpr int V = kLanes<F>;
-  const int vectors = k.vectors<F>();
-  const int64_t count = vectors * taps_of(s);
-  clear_pixels(share, count);
-  correlate<F>(
-      dz, x, image(s), kernel, s.pad_top, s.pad_left, out, vectors,
-      [&](int64_t c, int64_t j) { return taps(c, c * K::kStride - s.pad_left + j); }, share);
-  for (int64_t i = 0; i < count; ++i) store<F>(dweight + i * V, load(dweight + i * V) + load(share + i * V));
+void input_gradient(const DepthwiseConv2d& s, const BackwardTile& t, const Chunk& k, const K& kernel, const Taps& taps,
+                    const Pixels<F>& dz, const Pixels<F>& x, const Filters<F>& filters, const Pixels<F>& dx, F* dweight) {
+  const int64_t plane = filters.taps * kLanes<F>;
+  const Rect& out = t.reaching;
+  clear_pixels(dweight, k.vectors<F>() * filters.taps);
+  int64_t first = 0;
+  for_phases(s, t.inputs, [&](const Phase& rows, const Phase& columns) {
+    const int64_t row = rows.tap - s.pad_top, column = columns.tap - s.pad_left;
+    const Gradients<F> gradients = {dz,
+                                    every(x, s.stride, row, column),
+                                    every(dx, s.stride, row, column),
+                                    {out.row, out.row + out.rows, out.column, out.column + out.columns},
+                                    filters.phased + first,
+                                    dweight + first,
+                                    plane,
+                                    column};
+    differentiate(phase_kernel(kernel, rows, columns), gradients,
+                  {rows.begin, columns.begin, rows.end - rows.begin, columns.end - columns.begin}, k.vectors<F>(), taps);
+    first += rows.taps * columns.taps * kLanes<F>;
+  });
+}
+
+// total[vector][lane] += the sum of dz over a tile's own outputs.
+template <class F>
+void add_sums(const Pixels<F>& dz, const Rect& out, int vectors, F* total) {
   for (int n = 0; n < vectors; ++n) {
-    Vec<F> total{};
-    for (int64_t r = 0; r < out.rows; ++r) {
-      const F* p = dz.at((out.row + r) * K::kStride, out.column * K::kStride) + n * dz.vector;
-      Vec<F> sum{};
-      for (int64_t c = 0; c < out.columns; ++c, p += K::kStride * dz.column) sum += load(p);
-      total += sum;
+    Vec<F> sum{};
+    for (int64_t r = out.row; r < out.row + out.rows; ++r) {
+      const F* p = dz.at(r, out.column) + n * dz.vector;
+      Vec<F> row{};
+      for (int64_t c = 0; c < out.columns; ++c) row += load(p + c * dz.column);
+      sum += row;
     }
-    store<F>(dbias + n * V, load(dbias + n * V) + total);
+    store<F>(total + n * kLanes<F>, load(total + n * kLanes<F>) + sum);
   }
 }
 
@@ -300,25 +357,24 @@ void backward(const DepthwiseConv2d& s, const DepthwiseConv2dGradients& d, const
       const BackwardTile t(s, tiling.tile(s, item % tiling.count()));
       const Pixels<F> x = x_tile.read_x(s, k, inputs_of(s, t.reaching)), dout = dout_tile.read(d.out, k, t.reaching);
       with_taps(s, kernel, k.batch, [&](const auto& taps) {
-        const Pixels<F> dz = spread_dz<F>(s, t, k, kernel, taps, x, dout, filters, dz_tile);
-        add_parameter_gradients<F>(s, t.outputs, k, kernel, taps, dz, x, share, dweight, dbias);
+        const Pixels<F> dz = output_gradient<F>(s, t.reaching, k, kernel, taps, x, dout, filters, dz_tile);
         const Pixels<F> dx =
             t.inputs.column < 0 ? in_scratch(dout_tile.pixels, dout_tile.plane, t.inputs) : dout_tile.write(d.x, k, t.inputs);
-        const int64_t up = s.kernel_height - 1 - s.pad_top, before = s.kernel_width - 1 - s.pad_left;
-        const Rect spread = t.spread(s.stride);
-        convolve<F>(
-            dz, {spread.row, spread.row + spread.rows, spread.column, spread.column + spread.columns}, unit_stride(kernel), up,
-            before, filters.flipped, static_cast<const F*>(nullptr), t.inputs, k.vectors<F>(),
-            [&](int64_t c, int64_t j) { return taps(c, c - before + j); },
-            [&](int64_t r, int64_t c, int n, Vec<F> sum) { store<F>(dx.at(r, c) + n * dx.vector, sum); });
+        add_sums(dz, t.outputs, k.vectors<F>(), dbias);
+        input_gradient<F>(s, t, k, kernel, taps, dz, x, filters, dx, share);
       });
+      for (int64_t i = 0; i < k.vectors<F>() * taps_count; ++i)
+        store<F>(dweight + i * V, load(dweight + i * V) + load(share + i * V));
       store_input_gradient<F>(d, k, t.inputs, dout_tile);
     }
+    for (int n = 0; n < k.vectors<F>(); ++n)
+      for (int64_t i = 0; i < taps_count; ++i)
+        store<F>(share + (n * taps_count + filters.order[i]) * V, load(dweight + (n * taps_count + i) * V));
     k.batch = part;
     const DType compute = s.is_double ? DType::kFloat64 : DType::kFloat32;
     const GridView weight_parts = {d.weight, compute, s.channels * taps_count, taps_count, s.kernel_width, 1};
     const GridView bias_parts = {d.bias, compute, s.channels, 1, 0, 0};
-    store_rect<F>(dweight, V * taps_count, weight_parts, k, {0, 0, s.kernel_height, s.kernel_width}, filters.offset);
+    store_rect<F>(share, V * taps_count, weight_parts, k, {0, 0, s.kernel_height, s.kernel_width}, filters.offset);
     if (d.bias) store_rect<F>(dbias, V, bias_parts, k, {0, 0, 1, 1}, filters.offset);
   }
 }
@@ -332,6 +388,7 @@ int64_t backward_tasks_any(const DepthwiseConv2d& s) {
 }
 
 void forward_any(const DepthwiseConv2d& s, int64_t begin, int64_t end) {
+  if (tokens_in_lanes(s)) return s.is_double ? forward_tokens<double>(s, begin, end) : forward_tokens<float>(s, begin, end);
   if (s.is_double) {
     with_any_kernel(s, [&](const auto& kernel) { forward<double>(s, kernel, begin, end); });
   } else {
@@ -340,6 +397,10 @@ void forward_any(const DepthwiseConv2d& s, int64_t begin, int64_t end) {
 }
 
 void backward_any(const DepthwiseConv2d& s, const DepthwiseConv2dGradients& d, int64_t begin, int64_t end) {
+  if (tokens_in_lanes(s)) {
+    const int64_t parts = backward_parts_any(s);
+    return s.is_double ? backward_tokens<double>(s, d, parts, begin, end) : backward_tokens<float>(s, d, parts, begin, end);
+  }
   if (s.is_double) {
     with_any_kernel(s, [&](const auto& kernel) { backward<double>(s, d, kernel, begin, end); });
   } else {

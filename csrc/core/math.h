@@ -176,6 +176,14 @@ inline Vec<F> abs(Vec<F> x) {
 template <class F>
 inline Vec<F> sigmoid(Vec<F> x) {
   using V = Vec<F>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 4) {  // e^-x of either sign, for nothing in it needs clamping
+    const V s = exp2_product<F>(x, broadcast(-kLog2E<F>)) + broadcast(F(1)), guess = (V)_mm512_rcp14_ps((__m512)s);
+    // Newton's step from the guess. Of s = inf the guess is 0 and the error NaN, of which the maximum makes -1: that stays 0.
+    const V error = (V)_mm512_max_ps((__m512)(broadcast(F(1)) - s * guess), (__m512)broadcast(F(-1)));
+    return fma(guess, error, guess);
+  }
+#endif
   const V e = exp<F>(-abs<F>(x));
   const V one = broadcast(F(1));
   return (x < V{} ? e : one) * reciprocal_near_one<F>(one + e);

@@ -1,6 +1,7 @@
 #include "anomaly_map.h"
 
 #include "block.h"
+#include "math.h"
 #include "scratch.h"
 
 namespace iumad::IUMAD_ISA {
@@ -84,12 +85,6 @@ struct ChannelRun {
 };
 
 template <class F>
-Vec<F> square_root(Vec<F> x) {
-  for (int i = 0; i < kLanes<F>; ++i) x[i] = sizeof(F) == 8 ? F(__builtin_sqrt(double(x[i]))) : F(__builtin_sqrtf(float(x[i])));
-  return x;
-}
-
-template <class F>
 void store_some(F* dst, Vec<F> v, int lanes) {
   if (lanes == kLanes<F>) return store<F>(dst, v);
   std::memcpy(dst, &v, lanes * sizeof(F));
@@ -128,7 +123,7 @@ void distances(const AnomalyMap& s, int64_t begin, int64_t end) {
         });
       });
       const Vec<F>* total = sum;
-      for_pixel_vectors<F>(b.pixels, [&](int64_t i, int) { store<F>(out + i, square_root<F>(*total++)); });
+      for_pixel_vectors<F>(b.pixels, [&](int64_t i, int) { store<F>(out + i, sqrt<F>(*total++)); });
       continue;
     }
     for_pixel_vectors<F>(b.pixels, [&](int64_t i, int lanes) {
@@ -142,7 +137,7 @@ void distances(const AnomalyMap& s, int64_t begin, int64_t end) {
           sum = fma(x, x, sum);
         }
       }
-      store_some<F>(out + i, square_root<F>(sum), lanes);
+      store_some<F>(out + i, sqrt<F>(sum), lanes);
     });
   }
 }

@@ -30,9 +30,9 @@ inline void load_block(F* dst, void* data, DType dtype, const int64_t* offset, i
         if (i + V > count) i = count - V;        // the last block overlaps the one before
         const auto* first = p + (step > 0 ? offset[i] : offset[i + V - 1]);
         Vec<F> row[V];
-        for (int lane = 0; lane < V; ++lane) row[lane] = load_lanes(first + lane * channel_stride);
+        IUMAD_UNROLL for (int lane = 0; lane < V; ++lane) row[lane] = load_lanes(first + lane * channel_stride);
         transpose<F>(row);
-        for (int j = 0; j < V; ++j) store<F>(dst + (i + j) * V, row[step > 0 ? j : V - 1 - j]);
+        IUMAD_UNROLL for (int j = 0; j < V; ++j) store<F>(dst + (i + j) * V, row[step > 0 ? j : V - 1 - j]);
       }
     }
     for (; i < count; ++i) {
@@ -68,9 +68,9 @@ inline void store_block(const F* src, void* data, DType dtype, const int64_t* of
         }
         auto* first = p + (step > 0 ? offset[i] : offset[i + V - 1]);
         Vec<F> row[V];
-        for (int j = 0; j < V; ++j) row[step > 0 ? j : V - 1 - j] = load(src + (i + j) * V);
+        IUMAD_UNROLL for (int j = 0; j < V; ++j) row[step > 0 ? j : V - 1 - j] = load(src + (i + j) * V);
         transpose<F>(row);
-        for (int lane = 0; lane < V; ++lane) {
+        IUMAD_UNROLL for (int lane = 0; lane < V; ++lane) {
           T* q = first + lane * channel_stride;
           store_lanes(q, accumulate ? row[lane] + load_lanes(q) : row[lane]);
         }

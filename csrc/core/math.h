@@ -162,9 +162,17 @@ inline CosSin<F> cos_sin_turns(Vec<F> x) {
 
 template <class F>
 inline Vec<F> sqrt(Vec<F> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 4) return (Vec<F>)_mm512_sqrt_ps((__m512)x);
+  if constexpr (sizeof(F) == 8) return (Vec<F>)_mm512_sqrt_pd((__m512d)x);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(F) == 4) return (Vec<F>)_mm256_sqrt_ps((__m256)x);
+  if constexpr (sizeof(F) == 8) return (Vec<F>)_mm256_sqrt_pd((__m256d)x);
+#else
   Vec<F> y;
   for (int i = 0; i < kLanes<F>; ++i) y[i] = sizeof(F) == 8 ? F(__builtin_sqrt(double(x[i]))) : F(__builtin_sqrtf(float(x[i])));
   return y;
+#endif
 }
 
 template <class F>

@@ -85,9 +85,9 @@ inline void transpose_rows(F* dst, int64_t ld_dst, const F* src, int64_t ld_src,
   for (int64_t i = 0; i < rows; i += V) {
     for (int64_t j = 0; j < columns; j += V) {
       Vec<F> block[V];
-      for (int k = 0; k < V; ++k) block[k] = load(src + (i + k) * ld_src + j);
+      IUMAD_UNROLL for (int k = 0; k < V; ++k) block[k] = load(src + (i + k) * ld_src + j);
       transpose<F>(block);
-      for (int k = 0; k < V; ++k) store<F>(dst + (j + k) * ld_dst + i, block[k]);
+      IUMAD_UNROLL for (int k = 0; k < V; ++k) store<F>(dst + (j + k) * ld_dst + i, block[k]);
     }
   }
 }

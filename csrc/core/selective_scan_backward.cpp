@@ -227,7 +227,7 @@ void store_projection(const F* sums, void* partial, int64_t directions, const Se
     int64_t n = 0;
     for (; n + V <= s.states; n += V) {
       Vec<F> lanes[V];
-      for (int i = 0; i < V; ++i) lanes[i] = load(sum + (n + i) * V);
+      IUMAD_UNROLL for (int i = 0; i < V; ++i) lanes[i] = load(sum + (n + i) * V);
       const Vec<F> total = sum_rows<F>(lanes);
       store<F>(row + n, again ? load(row + n) + total : total);
     }

@@ -177,8 +177,8 @@ inline void convolve(const Pixels<F>& in, const Bounds& bounds, const K& kernel,
     const Window<F> window(in, bounds, r * kStride - up, c * kStride - before);
     alignas(kVectorBytes) F sums[kRows * kRun * V];
     for (int n = 0; n < vectors; ++n) {
-      if constexpr (kStride >
-                    1) {  // few products per pixel: memory is what takes time, so ask for what the block below reads first
+      // Few products per pixel: memory is what takes time, so ask for what the block below reads first.
+      if constexpr (kStride > 1) {
         const F* below = window.first + kernel.rows() * in.row + before * in.column + n * in.vector;
         for (int y = 0; y < kRows * kStride; ++y)
           for (int x = 0; x < kRun * kStride; ++x) __builtin_prefetch(below + y * in.row + x * in.column);

@@ -33,10 +33,10 @@ bool tiles_permitted() {
 #endif
 }
 
-// Leaves 7.0 and 7.1: asked directly, as the builtin does not know these names in every supported compiler.
-bool cpu_has(int leaf, int reg, int bit) {
+// For what the builtin does not know by name in every supported compiler.
+bool cpu_has(int leaf, int part, int reg, int bit) {
   unsigned r[4];
-  __asm__("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3]) : "a"(7), "c"(leaf));
+  __asm__("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3]) : "a"(leaf), "c"(part));
   return (r[reg] >> bit) & 1;
 }
 #endif
@@ -61,7 +61,7 @@ bool isa_supported(Isa isa) {
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
     case Isa::kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpu_has(1, 0, 2, 29);
     default:
       return true;
   }
@@ -91,9 +91,9 @@ const char* isa_name(Isa isa) {
 bool bf16_supported([[maybe_unused]] Bf16 unit) {
 #if defined(__x86_64__)
   if (unit == Bf16::kNone) return true;
-  const bool avx512 = isa_supported(Isa::kAvx512) && cpu_has(1, 0, 5);  // 7.1 eax: AVX512_BF16
+  const bool avx512 = isa_supported(Isa::kAvx512) && cpu_has(7, 1, 0, 5);  // 7.1 eax: AVX512_BF16
   if (unit == Bf16::kAvx512) return avx512;
-  return avx512 && cpu_has(0, 3, 22) && cpu_has(0, 3, 24) && tiles_permitted();  // 7.0 edx: AMX_BF16, AMX_TILE
+  return avx512 && cpu_has(7, 0, 3, 22) && cpu_has(7, 0, 3, 24) && tiles_permitted();  // 7.0 edx: AMX_BF16, AMX_TILE
 #else
   return unit == Bf16::kNone;
 #endif

@@ -157,7 +157,7 @@ inline CosSin<F> cos_sin_turns(Vec<F> x) {
   s *= f;
   const auto odd = (quarter & 1) != 0;
   const V cosine = odd ? s : c, sine = odd ? c : s;
-  return {(quarter == 1) | (quarter == 2) ? -cosine : cosine, quarter >= 2 ? -sine : sine};
+  return {((quarter == 1) | (quarter == 2)) ? -cosine : cosine, quarter >= 2 ? -sine : sine};
 }
 
 template <class F>

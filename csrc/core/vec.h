@@ -85,14 +85,13 @@ namespace detail {
 // One butterfly stage of the transposition: which lanes of the concatenation (x, y) a row takes.
 template <class F, int kStep, bool kUpper, int... kLane>
 inline Vec<F> butterfly(Vec<F> x, Vec<F> y, std::integer_sequence<int, kLane...>) {
-  constexpr int n = kLanes<F>;
-  if constexpr (kUpper) {
-    constexpr Vec<IntOf<F>> pick = {((kLane & kStep) == 0 ? kLane + kStep : n + kLane)...};
-    return __builtin_shuffle(x, y, pick);
-  } else {
-    constexpr Vec<IntOf<F>> pick = {((kLane & kStep) == 0 ? kLane : n + kLane - kStep)...};
-    return __builtin_shuffle(x, y, pick);
-  }
+  constexpr int n = kLanes<F>, upper = kUpper ? kStep : 0;
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, ((kLane & kStep) == 0 ? kLane + upper : n + kLane + upper - kStep)...);
+#else  // g++ 11 does not have the above
+  constexpr Vec<IntOf<F> > pick = {((kLane & kStep) == 0 ? kLane + upper : n + kLane + upper - kStep)...};
+  return __builtin_shuffle(x, y, pick);
+#endif
 }
 
 template <class F, int kStep>

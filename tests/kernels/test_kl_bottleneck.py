@@ -1,4 +1,4 @@
-"""kl_divergence and kl_bottleneck against the float64 reference, and the reference against F.kl_div and F.cross_entropy."""
+"""kl_bottleneck against the float64 reference, and the reference against F.kl_div and F.cross_entropy."""
 
 from __future__ import annotations
 
@@ -7,66 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils import deterministic
+from kl_inputs import INF, MASKS, S, T, doubles, every_isa, logits, rms_error
 
 import iumad_kernels
-from iumad_kernels import _C, kl_bottleneck, kl_divergence, reference
-
-INF = math.inf
-SHAPES = [(6, 10), (1, 1), (5, 3, 77), (3, 1271), (17,), (7, 64)]
-BETAS = [0.0, 1.0, 0.3]
-every_isa = pytest.mark.parametrize("isa", _C.cpu_isas(), indirect=True)
-every_beta = pytest.mark.parametrize("beta", BETAS)
-
-
-def logits(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 2.0) -> tuple[Tensor, Tensor]:
-    a, b = ((scale * torch.randn(shape)).to(dtype).requires_grad_() for _ in range(2))
-    return a, b
-
-
-def doubles(*tensors: Tensor) -> list[Tensor]:
-    return [t.detach().double().requires_grad_() for t in tensors]
-
-
-def rms_error(out: Tensor, expected: Tensor) -> float:
-    size = expected.double().norm().item()
-    return (out.double() - expected.double()).norm().item() / (size or 1.0)
-
-
-def gradients(loss: Tensor, inputs: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:
-    weights = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
-    return torch.autograd.grad((loss * weights).sum(), inputs)
-
-
-def check(inputs: tuple[Tensor, Tensor], value: float = 2e-6, gradient: float = 1e-5, **options) -> None:
-    """Value and both gradients against the reference in float64."""
-    twins = doubles(*inputs)
-    out, expected = kl_divergence(*inputs, **options), reference.kl_divergence(*twins, **options)
-    assert out.shape == expected.shape
-    assert rms_error(out, expected) <= value
-    for got, want in zip(gradients(out, inputs), gradients(expected, twins)):
-        assert rms_error(got, want) <= gradient
-
-
-# ---- the reference itself, against torch's own losses -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean"])
-def test_reference_is_torch_kl_div(reduction):
-    s, t = doubles(*logits(6, 10))
-    expected = F.kl_div((s / 3).log_softmax(-1), (t / 3).softmax(-1), reduction=reduction)
-    torch.testing.assert_close(reference.kl_divergence(s, t, temperature=3, reduction=reduction), expected)
-    reverse = reference.kl_divergence(t, s, temperature=3, beta=1, reduction=reduction)
-    torch.testing.assert_close(reverse, expected)
-
-
-def test_reference_jensen_shannon_is_its_definition():
-    s, t = doubles(*logits(6, 10))
-    P, Q, b = t.softmax(-1), s.softmax(-1), 0.3
-    M = b * P + (1 - b) * Q
-    expected = b * (P * (P / M).log()).sum(-1) + (1 - b) * (Q * (Q / M).log()).sum(-1)
-    torch.testing.assert_close(reference.kl_divergence(s, t, beta=b, reduction="none"), expected)
+from iumad_kernels import kl_bottleneck, kl_divergence, reference
 
 
 def test_reference_bottleneck_is_torch_losses():
@@ -76,205 +20,6 @@ def test_reference_bottleneck_is_torch_losses():
     torch.testing.assert_close(p_ce, F.cross_entropy(p, labels))
     torch.testing.assert_close(q_ce, F.cross_entropy(q, labels))
     torch.testing.assert_close(total, 2 * kl + 0.5 * (p_ce + q_ce))
-
-
-# ---- kernels against the reference ------------------------------------------------------------------------------------------
-
-
-@every_isa
-@every_beta
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients(isa, shape, beta):
-    inputs = logits(*shape)
-    for reduction in ("none", "sum", "mean", "batchmean"):
-        check(inputs, beta=beta, reduction=reduction, temperature=1.7)
-
-
-@every_isa
-@every_beta
-def test_float64(isa, beta):
-    check(logits(5, 203, dtype=torch.float64), 1e-13, 1e-12, beta=beta)
-
-
-@every_isa
-@every_beta
-@pytest.mark.parametrize(
-    "dtypes", [(torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)]
-)
-def test_half_precision(isa, dtypes, beta):
-    inputs = [x.detach().to(dtype).requires_grad_() for x, dtype in zip(logits(9, 133), dtypes)]
-    twins = doubles(*inputs)
-    out, expected = kl_divergence(*inputs, beta=beta), reference.kl_divergence(*twins, beta=beta)
-    assert out.dtype == torch.float32
-    assert rms_error(out, expected) <= 2e-6
-    for got, want, dtype in zip(gradients(out, inputs), gradients(expected, twins), dtypes):
-        assert got.dtype == dtype
-        rounding = rms_error(want.to(dtype), want)  # the error of rounding the exact gradient once
-        assert rms_error(got, want) <= 1.01 * rounding + 1e-5
-
-
-@every_isa
-def test_large_many_and_equal_logits(isa):
-    check(logits(4, 50, scale=3000.0))
-    check(logits(2, 32000))
-    s, _ = logits(4, 50)
-    assert torch.equal(kl_divergence(s, s.detach().clone(), reduction="none"), torch.zeros(4))
-
-
-LAYOUTS = {
-    "transposed": lambda: torch.randn(33, 7).t(),
-    "sliced": lambda: torch.randn(7, 50)[:, 3:36],
-    "stepped": lambda: torch.randn(7, 66)[:, ::2],
-    "expanded rows": lambda: torch.randn(1, 33).expand(7, 33),
-    "expanded classes": lambda: torch.randn(7, 1).expand(7, 33),
-    "permuted": lambda: torch.randn(5, 33, 4, 7).permute(3, 0, 2, 1)[:, 1:4],
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides(layout):
-    s = LAYOUTS[layout]().detach().requires_grad_()
-    t = torch.randn(s.shape).requires_grad_()
-    check((s, t))
-    check((t, s), reduction="none")
-
-
-def test_sum_passes_an_expanded_gradient_to_unreduced_rows():
-    s, t = logits(2, 3, 10)
-    got = torch.autograd.grad(kl_divergence(s, t, reduction="none").sum(), (s, t))
-    torch.testing.assert_close(got, torch.autograd.grad(kl_divergence(s, t, reduction="sum"), (s, t)))
-
-
-def test_nothing_is_left_unwritten():
-    torch.use_deterministic_algorithms(True)  # fills every new tensor with NaN
-    assert deterministic.fill_uninitialized_memory
-    try:
-        s, t = logits(4, 37)
-        check((s, t))
-        check((s.detach().t().requires_grad_(), t.detach().t().requires_grad_()), reduction="none")
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@every_beta
-def test_same_bits_on_every_run_and_thread_count(beta):
-    s, t = logits(301, 129)
-
-    def run(threads: int) -> list[Tensor]:
-        torch.set_num_threads(threads)
-        loss = kl_divergence(s, t, beta=beta)
-        return [loss, *torch.autograd.grad(loss, (s, t))]
-
-    threads = torch.get_num_threads()
-    try:
-        for a, b, c in zip(run(1), run(1), run(2)):
-            assert torch.equal(a, b)
-            assert torch.equal(a, c)
-    finally:
-        torch.set_num_threads(threads)
-
-
-# ---- infinities and masks ---------------------------------------------------------------------------------------------------
-
-HOSTILE = {  # student row, teacher row
-    "both masked": ([1.0, -INF, 2.0], [0.5, -INF, 1.0]),
-    "teacher lacks a class": ([1.0, 3.0, 2.0], [0.5, -INF, 1.0]),
-    "student lacks a class": ([1.0, -INF, 2.0], [0.5, 3.0, 1.0]),
-    "student lacks an underflowing class": ([1.0, -INF, 2.0], [0.5, -300.0, 1.0]),
-    "disjoint": ([1.0, -INF, -INF], [-INF, 3.0, 1.0]),
-    "no student": ([-INF] * 3, [0.5, 3.0, 1.0]),
-    "no teacher": ([0.5, 3.0, 1.0], [-INF] * 3),
-    "nothing": ([-INF] * 3, [-INF] * 3),
-}
-
-
-@every_isa
-@every_beta
-@pytest.mark.parametrize("case", HOSTILE)
-def test_infinite_logits(isa, case, beta):
-    # Beside an ordinary row, in part of a vector and in several.
-    for repeats in (1, 11):
-        rows = [torch.tensor([row, [0.0, 1.0, 2.0]]).repeat(1, repeats) for row in HOSTILE[case]]
-        inputs = [row.requires_grad_() for row in rows]
-        twins = doubles(*inputs)
-        out = kl_divergence(*inputs, beta=beta, reduction="none")
-        expected = reference.kl_divergence(*twins, beta=beta, reduction="none")
-        assert not out.isnan().any()
-        torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=1e-6)
-        for got, want in zip(gradients(out, inputs), gradients(expected, twins)):
-            assert not got.isnan().any()
-            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-
-
-def test_infinite_values_are_the_true_ones():
-    def value(case: str, beta: float) -> float:
-        return kl_divergence(*(torch.tensor([row]) for row in HOSTILE[case]), beta=beta).item()
-
-    for case in ("student lacks a class", "student lacks an underflowing class", "disjoint", "no student"):
-        assert value(case, 0) == INF
-    for case in ("teacher lacks a class", "disjoint", "no teacher"):
-        assert value(case, 1) == INF
-    teacher, student = torch.tensor([0.5, 1.0]).softmax(0), torch.tensor([1.0, 3.0, 2.0]).softmax(0)[[0, 2]]
-    expected = (teacher * (teacher / student).log()).sum().item()
-    assert value("teacher lacks a class", 0) == pytest.approx(expected, rel=1e-6)
-    assert value("disjoint", 0.5) == pytest.approx(math.log(2))
-    assert value("nothing", 0) == value("no teacher", 0) == 0
-
-
-@every_isa
-@every_beta
-@pytest.mark.parametrize("bad", [math.nan, INF])
-def test_nan_and_plus_inf_give_nan_in_their_row_only(isa, bad, beta):
-    s, t = logits(2, 21)
-    with torch.no_grad():
-        s[0, 20] = bad
-    out = kl_divergence(s, t, beta=beta, reduction="none")
-    ds, dt = torch.autograd.grad(out.sum(), (s, t))
-    for x in (out, ds[:, 0], dt[:, 0]):
-        assert x.isnan().tolist() == [True, False]
-
-
-MASKS = {
-    "classes": lambda: torch.arange(40) % 3 > 0,
-    "rows": lambda: (torch.arange(6) % 2 > 0).unsqueeze(1),
-    "elements": lambda: torch.rand(6, 40) > 0.3,
-    "elements, one row empty": lambda: (torch.rand(6, 40) > 0.3) & (torch.arange(6) != 2).unsqueeze(1),
-    "nothing": lambda: torch.zeros(1, dtype=torch.bool),
-}
-
-
-@every_isa
-@every_beta
-@pytest.mark.parametrize("mask", MASKS)
-def test_masks(isa, mask, beta):
-    inputs, chosen = logits(6, 40), MASKS[mask]()
-    for reduction in ("none", "sum", "mean", "batchmean"):
-        check(inputs, mask=chosen, beta=beta, reduction=reduction)
-
-
-def test_masked_classes_are_as_if_they_were_not_there():
-    s, t = logits(6, 40)
-    mask = MASKS["classes"]()
-    with torch.no_grad():
-        s[:, 0], t[:, 3] = math.nan, INF  # not even their values are looked at
-    out = kl_divergence(s, t, mask=mask, reduction="mean")
-    torch.testing.assert_close(out, kl_divergence(s[:, mask], t[:, mask], reduction="mean"))
-    for gradient in torch.autograd.grad(out, (s, t)):
-        assert torch.equal(gradient[:, ~mask], torch.zeros(6, 14))
-
-
-@pytest.mark.parametrize("shape", [(0, 10), (4, 0), (0, 0), (2, 0, 5)], ids=str)
-def test_size_zero(shape):
-    s, t = logits(*shape)
-    for reduction in ("sum", "mean", "batchmean"):
-        assert kl_divergence(s, t, reduction=reduction).item() == 0
-    rows = kl_divergence(s, t, reduction="none")
-    assert torch.equal(rows, torch.zeros(shape[:-1]))
-    assert torch.autograd.grad(rows.sum(), s)[0].shape == shape
-    assert kl_bottleneck(s, t).total.item() == 0
-
-
-# ---- kl_bottleneck ----------------------------------------------------------------------------------------------------------
 
 
 @every_isa
@@ -322,29 +67,6 @@ def test_a_weight_of_zero_switches_an_infinite_term_off():
     assert torch.equal(q.grad, torch.zeros(1, 2))
 
 
-def test_only_the_asked_gradients():
-    s, t = logits(6, 10)
-    expected = torch.autograd.grad(kl_divergence(s, t), (s, t))
-    assert torch.equal(torch.autograd.grad(kl_divergence(s, t.detach()), s)[0], expected[0])
-    assert torch.equal(torch.autograd.grad(kl_divergence(s.detach(), t), t)[0], expected[1])
-    kl_divergence(s, t, detach_teacher=True).backward()
-    assert t.grad is None
-    assert s.grad is not None
-    assert not kl_divergence(s.detach(), t.detach()).requires_grad
-
-
-def test_backward_twice():
-    s, t = logits(6, 10)
-    for unscaled in (kl_divergence(s, t), kl_bottleneck(s, t, torch.arange(6), detach_teacher=False).total):
-        loss = 3 * unscaled
-        first = torch.autograd.grad(loss, (s, t), retain_graph=True)
-        kept = [g.clone() for g in first]
-        torch.testing.assert_close(torch.autograd.grad(loss, (s, t)), first)
-        assert all(
-            torch.equal(a, b) for a, b in zip(first, kept)
-        )  # the second time must not touch the first one's
-
-
 def test_parts_and_total_are_differentiable_one_after_the_other():
     s, t = logits(6, 10)
     loss = kl_bottleneck(t, s, torch.arange(6), kl_weight=2.0, detach_teacher=False)
@@ -354,28 +76,6 @@ def test_parts_and_total_are_differentiable_one_after_the_other():
     torch.testing.assert_close(total, tuple(2 * a + b for a, b in zip(kl, ce)))
 
 
-def test_half_precision_survives_small_gradients():
-    s, t = (x.detach().half().requires_grad_() for x in logits(4000, 4))
-    scaled = torch.autograd.grad(2**14 * kl_divergence(s, t), s)[0]
-    twin = s.detach().double().requires_grad_()
-    want = torch.autograd.grad(2**14 * reference.kl_divergence(twin, t.detach().double()), twin)[0]
-    assert rms_error(scaled, want) <= 1e-3
-
-
-# ---- contracts with torch ---------------------------------------------------------------------------------------------------
-
-
-@every_beta
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_gradcheck(beta, reduction, masked):
-    mask = torch.rand(4, 7) > 0.3 if masked else None
-    assert torch.autograd.gradcheck(
-        lambda s, t: kl_divergence(s, t, beta=beta, reduction=reduction, mask=mask, temperature=1.5),
-        doubles(*logits(4, 7)),
-    )
-
-
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_gradcheck_bottleneck(temperature):
     labels = torch.tensor([0, 6, 3, 3])
@@ -383,18 +83,6 @@ def test_gradcheck_bottleneck(temperature):
         lambda p, q: tuple(kl_bottleneck(p, q, labels, temperature=temperature, detach_teacher=False)),
         doubles(*logits(4, 7)),
     )
-
-
-@pytest.mark.parametrize("reduction", [0, 3])
-def test_opcheck_divergence(reduction):
-    s, t = logits(4, 7)
-    mask = torch.rand(4, 7) > 0.3
-    for arguments in (
-        (t, s, None, 1.0, 0.0),
-        (t.detach(), s, mask, 2.0, 0.3),
-        (t.detach().t(), s.t(), None, 1.0, 0.0),
-    ):
-        torch.library.opcheck(torch.ops.iumad.kl_divergence.default, (*arguments, reduction, True))
 
 
 def test_opcheck_bottleneck():
@@ -407,70 +95,7 @@ def test_opcheck_bottleneck():
         torch.library.opcheck(torch.ops.iumad.kl_bottleneck.default, (*arguments, True))
 
 
-def test_compile_and_export():
-    s, t = logits(4, 7)
-    labels = torch.tensor([0, 6, 3, 3])
-
-    class Loss(torch.nn.Module):
-        def forward(self, s: Tensor, t: Tensor) -> Tensor:
-            return kl_divergence(s, t, beta=0.3) + kl_bottleneck(t, s, labels, temperature=2.0).total
-
-    expected = Loss()(s, t)
-    out = torch.compile(Loss(), fullgraph=True)(s, t)
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(torch.autograd.grad(out, (s, t)), torch.autograd.grad(expected, (s, t)))
-    program = torch.export.export(Loss(), (s.detach(), t.detach()))
-    torch.testing.assert_close(program.module()(s.detach(), t.detach()), expected.detach())
-
-
-def test_autocast_changes_nothing():
-    s, t = logits(4, 7)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = kl_divergence(s, t)
-    assert torch.equal(inside, kl_divergence(s, t))
-
-
-def test_reference_backend():
-    s, t = logits(4, 7)
-    labels = torch.tensor([0, 6, 3, 3])
-    with iumad_kernels.backend("reference"):
-        expected = kl_divergence(s, t), kl_bottleneck(t, s, labels)
-    torch.testing.assert_close((kl_divergence(s, t), kl_bottleneck(t, s, labels)), expected)
-
-
-# ---- bad input --------------------------------------------------------------------------------------------------------------
-
-S, T = torch.zeros(4, 7), torch.zeros(4, 7)
 LABELS = torch.zeros(4, dtype=torch.int64)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "words"),
-    [
-        ({"temperature": 0.0}, ValueError, "temperature = 0.0"),
-        ({"temperature": -1}, ValueError, "temperature = -1"),
-        ({"temperature": INF}, ValueError, "temperature = inf"),
-        ({"temperature": math.nan}, ValueError, "temperature = nan"),
-        ({"beta": 1.5}, ValueError, "beta = 1.5"),
-        ({"reduction": "average"}, ValueError, "reduction = 'average'"),
-        ({"mask": torch.ones(4, 7)}, TypeError, "mask must be a bool tensor"),
-        ({"mask": [True]}, TypeError, "mask must be a bool tensor"),
-        ({"mask": torch.ones(4, dtype=torch.bool)}, ValueError, r"mask has shape \(4,\)"),
-        ({"mask": torch.ones(1, 4, 7, dtype=torch.bool)}, ValueError, r"mask has shape \(1, 4, 7\)"),
-        ({"teacher_logits": torch.zeros(4, 8)}, ValueError, "teacher_logits has shape"),
-        ({"student_logits": torch.zeros(4, 7).long()}, TypeError, "student_logits has dtype torch.int64"),
-        ({"teacher_logits": torch.zeros(4, 7).double()}, TypeError, "teacher_logits has dtype torch.float64"),
-        ({"student_logits": None}, TypeError, "student_logits must be a tensor"),
-        (
-            {"student_logits": torch.zeros(()), "teacher_logits": torch.zeros(())},
-            ValueError,
-            "expected .*classes",
-        ),
-    ],
-)
-def test_bad_input(options, error, words):
-    with pytest.raises(error, match=words):
-        kl_divergence(**{"student_logits": S, "teacher_logits": T, **options})
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -493,19 +118,3 @@ def test_bad_input(options, error, words):
 def test_bad_input_bottleneck(options, error, words, backend):
     with iumad_kernels.backend(backend), pytest.raises(error, match=words):
         kl_bottleneck(**{"fused_logits": T, "bottleneck_logits": S, **options})
-
-
-@pytest.mark.parametrize("isa", _C.cpu_isas(), indirect=True)
-@pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_logits_masked_with_the_lowest_number(beta: float, isa: str) -> None:
-    """x - max times log2(e) overflows: the class has probability 0, not NaN."""
-    logits = torch.randn(2, 3, 40)
-    logits[:, :, ::3] = torch.finfo(torch.float32).min
-    student, teacher = (t.clone().requires_grad_() for t in logits)
-    loss = kl_divergence(student, teacher, beta=beta)
-    got = torch.autograd.grad(loss, (student, teacher))
-    masked = [t.double().masked_fill(t < -1e30, -torch.inf).requires_grad_() for t in logits]
-    want_loss = reference.kl_divergence(*masked, beta=beta)
-    torch.testing.assert_close(loss.double(), want_loss, rtol=1e-5, atol=1e-6)
-    for g, w in zip(got, torch.autograd.grad(want_loss, masked)):
-        torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-6)

@@ -79,13 +79,14 @@ def rms_error(outputs: Any, expected: Sequence[torch.Tensor]) -> float:
 
 def wait_until_idle() -> None:
     """Returns when no other thread of the process is working. A peer's threads may still give memory back after its call has
-    returned (JAX's do for milliseconds), which would be charged to the contender that comes next on the core."""
+    returned (JAX's do for milliseconds), which would be charged to the contender that comes next on the core. Gives up after a
+    second: threads may also wait actively for work."""
 
     def others() -> float:
         return time.process_time() - time.thread_time()
 
-    idle = False
-    while not idle:
+    idle, deadline = False, time.perf_counter() + 1
+    while not idle and time.perf_counter() < deadline:
         before, until = others(), time.perf_counter() + 5e-4
         while time.perf_counter() < until:
             os.sched_yield()

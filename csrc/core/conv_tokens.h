@@ -11,24 +11,14 @@ inline bool tokens_in_lanes(const DepthwiseConv2d& s) {
   return s.height == 1 && s.kernel_height == 1 && s.stride == 1 && s.x.channel != 1 && !s.sequence;
 }
 
-// dst[i] = v[offset + i * column stride]
+// Tokens of a channel and batch, from `offset` on, to and from a row in scratch.
 template <class F>
 inline void load_row(F* dst, const GridView& v, int64_t offset, int64_t count) {
-  visit<F>(v.dtype, v.data, [&](const auto* p) {
-    int64_t i = 0;
-    if (v.column == 1)
-      for (; i + kLanes<F> <= count; i += kLanes<F>) store<F>(dst + i, load_lanes(p + offset + i));
-    for (; i < count; ++i) dst[i] = to_compute(p[offset + i * v.column]);
-  });
+  visit<F>(v.dtype, v.data, [&](const auto* p) { load_run(dst, p + offset, v.column, count); });
 }
 template <class F>
 inline void store_row(const F* src, const GridView& v, int64_t offset, int64_t count) {
-  visit<F>(v.dtype, v.data, [&](auto* p) {
-    int64_t i = 0;
-    if (v.column == 1)
-      for (; i + kLanes<F> <= count; i += kLanes<F>) store_lanes(p + offset + i, load(src + i));
-    for (; i < count; ++i) p[offset + i * v.column] = from_compute<std::remove_reference_t<decltype(*p)>>(src[i]);
-  });
+  visit<F>(v.dtype, v.data, [&](auto* p) { store_run(p + offset, v.column, src, count); });
 }
 
 template <class F>
@@ -38,7 +28,7 @@ inline void clear_row(F* dst, int64_t count) {
 
 // Rows of one channel in scratch memory, of the compute type, with room for whole vectors at their ends.
 template <class F>
-struct TokenRows {
+struct ChannelRows {
   static constexpr int V = kLanes<F>;
   static constexpr int kRun = 4;   // vectors filtered at once, past the end of the row too
   static constexpr int kTaps = 4;  // taps whose gradients are summed at once; their number is rounded up, to be simple and quick
@@ -48,7 +38,7 @@ struct TokenRows {
   F *weight, *x, *z, *dz, *dx;  // x[j + t] is what tap j of output t meets; dz[taps - 1 + t]
   F bias = 0;
 
-  explicit TokenRows(const DepthwiseConv2d& s)
+  explicit ChannelRows(const DepthwiseConv2d& s)
       : s(s), taps(s.kernel_width), length(s.width), memory(Scratch::bytes<F>(taps) + 4 * Scratch::bytes<F>(row())) {
     weight = memory.take<F>(taps);
     x = memory.take<F>(row());
@@ -132,7 +122,7 @@ struct TokenRows {
 // Tasks: a channel of one batch.
 template <class F>
 void forward_tokens(const DepthwiseConv2d& s, int64_t begin, int64_t end) {
-  TokenRows<F> rows(s);
+  ChannelRows<F> rows(s);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t batch = task / s.channels, channel = task % s.channels;
     rows.take_channel(channel);
@@ -149,8 +139,8 @@ void forward_tokens(const DepthwiseConv2d& s, int64_t begin, int64_t end) {
 template <class F>
 void backward_tokens(const DepthwiseConv2d& s, const DepthwiseConv2dGradients& d, int64_t parts, int64_t begin, int64_t end) {
   constexpr int V = kLanes<F>;
-  TokenRows<F> rows(s);
-  const int64_t room = (s.kernel_width + TokenRows<F>::kTaps) * V;
+  ChannelRows<F> rows(s);
+  const int64_t room = (s.kernel_width + ChannelRows<F>::kTaps) * V;
   Scratch memory(Scratch::bytes<F>(room) + Scratch::bytes<F>(V));
   F *dweight = memory.take<F>(room), *dbias = memory.take<F>(V);
   for (int64_t task = begin; task < end; ++task) {

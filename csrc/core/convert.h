@@ -92,6 +92,22 @@ inline void store_lanes(Float16* p, Vec<float> v) {
 #endif
 }
 
+// dst[i] = p[i * stride], and back, for a run of n elements.
+template <class F, class T>
+inline void load_run(F* dst, const T* p, int64_t stride, int64_t n) {
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + kLanes<F> <= n; i += kLanes<F>) store<F>(dst + i, load_lanes(p + i));
+  for (; i < n; ++i) dst[i] = to_compute(p[i * stride]);
+}
+template <class F, class T>
+inline void store_run(T* p, int64_t stride, const F* src, int64_t n) {
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + kLanes<F> <= n; i += kLanes<F>) store_lanes(p + i, load(src + i));
+  for (; i < n; ++i) p[i * stride] = from_compute<T>(src[i]);
+}
+
 // Calls f with a typed pointer to the elements; float64 tensors are computed in double, the rest in float.
 template <class F, class Visitor>
 inline void visit(DType dtype, void* data, Visitor&& f) {

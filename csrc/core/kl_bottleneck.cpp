@@ -68,9 +68,9 @@ struct Ahead {
 template <class F>
 struct RowPair {
   const F *p, *q;
-  F *exp_p, *exp_q;  // in scratch: exp((P_j - p_max) / T), once forward has been here
   int64_t n;
-  int64_t label;  // -1: none
+  int64_t label;                         // -1: none
+  F *exp_p = nullptr, *exp_q = nullptr;  // exp((P_j - p_max) / T) in scratch: filled by forward, null where it has not been
 
   bool q_misses_mass() const {
     for (int64_t i = 0; i < n; ++i)
@@ -93,8 +93,7 @@ struct RowReader {
 
   RowPair<F> read(int64_t row) {
     const bool masked = k.mask.data != nullptr;
-    RowPair<F> r{
-        read_row<F>(k.p, row, k.classes, p, !masked), read_row<F>(k.q, row, k.classes, q, !masked), exp_p, exp_q, k.classes, -1};
+    RowPair<F> r{read_row<F>(k.p, row, k.classes, p, !masked), read_row<F>(k.q, row, k.classes, q, !masked), k.classes, -1};
     if (k.labels) r.label = k.labels[row * k.label_stride];
     taken = k.classes;
     if (masked) {
@@ -211,8 +210,8 @@ void add_cross_entropy(F* dst, const F* row, F max, F scale, double factor, cons
 }
 
 template <class F, bool kNeedP, bool kNeedQ>
-void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>& r, bool has_exponentials, const RowStats<F>& s,
-                  double gradient, F* dp, F* dq) {
+void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>& r, const RowStats<F>& s, double gradient, F* dp,
+                  F* dq) {
   using V = Vec<F>;
   const V pm = broadcast(s.p_max), qm = broadcast(s.q_max), c = broadcast(F(kLog2E<double> / k.temperature));
   const V one_p = broadcast(s.p_scale), one_q = broadcast(s.q_scale);
@@ -221,8 +220,8 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
   // At T = 1 the cross-entropies share the softmax of the divergence and cost nothing but these constants.
   const bool share = r.label >= 0 && k.temperature == 1;
   const double p_ce = share ? d.p_cross_entropy : 0, q_ce = share ? d.q_cross_entropy : 0;
-  const auto exp_p = [&](V x, int64_t i) { return has_exponentials ? load(r.exp_p + i) : exp2_product<F>(x, c); };
-  const auto exp_q = [&](V y, int64_t i) { return has_exponentials ? load(r.exp_q + i) : exp2_product<F>(y, c); };
+  const auto exp_p = [&](V x, int64_t i) { return r.exp_p ? load(r.exp_p + i) : exp2_product<F>(x, c); };
+  const auto exp_q = [&](V y, int64_t i) { return r.exp_q ? load(r.exp_q + i) : exp2_product<F>(y, c); };
   const auto put = [](F* dst, int64_t i, V v, int64_t lanes) {
     lanes == kLanes<F> ? store<F>(dst + i, v) : store_part<F>(dst + i, v, lanes);
   };
@@ -274,14 +273,14 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
 
 template <class F>
 void put_gradients(const KLBottleneck& k, const KLGradients& d, RowReader<F>& reader, int64_t row, RowPair<F> r,
-                   bool has_exponentials, const RowStats<F>& stats) {
+                   const RowStats<F>& stats) {
   const auto run =
       d.p.data ? (d.q.data ? backward_row<F, true, true> : backward_row<F, true, false>) : backward_row<F, false, true>;
   if (reader.taken == 0) r.label = -1;
   F* dp = d.p.data ? row_target<F>(d.p, row, reader.dp) : nullptr;
   F* dq = d.q.data ? row_target<F>(d.q, row, reader.dq) : nullptr;
   const double gradient = double(static_cast<const F*>(d.divergence)[row * d.divergence_stride]) * d.divergence_scale;
-  run(k, d, r, has_exponentials, stats, gradient, dp, dq);
+  run(k, d, r, stats, gradient, dp, dq);
   if (dp) write_row<F>(d.p, row, k.classes, dp);
   if (dq) write_row<F>(d.q, row, k.classes, dq);
 }
@@ -301,13 +300,16 @@ void forward(const KLBottleneck& k, KLRowLosses* losses, const KLGradients* d, i
   RowReader<F> reader(k);
   for (int64_t row = begin; row < end; ++row) {
     RowStats<F> stats{};
-    const RowPair<F> r = reader.read(row);
-    const Ahead<F> ahead = row + 1 < end ? ahead_of<F>(k, d, row) : Ahead<F>{};
-    losses[row] = reader.taken > 0 ? forward_row<F>(k, r, ahead, stats) : KLRowLosses{};
+    RowPair<F> r = reader.read(row);
+    losses[row] = {};
+    if (reader.taken > 0) {
+      r.exp_p = reader.exp_p, r.exp_q = reader.exp_q;
+      losses[row] = forward_row<F>(k, r, row + 1 < end ? ahead_of<F>(k, d, row) : Ahead<F>{}, stats);
+    }
     losses[row].taken = double(reader.taken);
     stats.taken = F(reader.taken);
     if (k.stats) static_cast<RowStats<F>*>(k.stats)[row] = stats;
-    if (d) put_gradients<F>(k, *d, reader, row, r, reader.taken > 0, stats);
+    if (d) put_gradients<F>(k, *d, reader, row, r, stats);
   }
 }
 
@@ -316,7 +318,7 @@ void backward(const KLBottleneck& k, const KLGradients& d, int64_t begin, int64_
   RowReader<F> reader(k);
   for (int64_t row = begin; row < end; ++row) {
     const RowPair<F> r = reader.read(row);
-    put_gradients<F>(k, d, reader, row, r, false, static_cast<const RowStats<F>*>(k.stats)[row]);
+    put_gradients<F>(k, d, reader, row, r, static_cast<const RowStats<F>*>(k.stats)[row]);
   }
 }
 

@@ -42,13 +42,7 @@ template <class F>
 inline const F* read_row(const RowsView& v, int64_t row, int64_t n, F* buffer, bool in_place = true) {
   const int64_t start = v.offset(row);
   if (in_place && is_plain<F>(v)) return static_cast<const F*>(v.data) + start;
-  visit<F>(v.dtype, v.data, [&](auto* p) {
-    p += start;
-    int64_t i = 0;
-    if (v.inner_stride == 1)
-      for (; i + kLanes<F> <= n; i += kLanes<F>) store<F>(buffer + i, load_lanes(p + i));
-    for (; i < n; ++i) buffer[i] = to_compute(p[i * v.inner_stride]);
-  });
+  visit<F>(v.dtype, v.data, [&](auto* p) { load_run(buffer, p + start, v.inner_stride, n); });
   return buffer;
 }
 
@@ -60,14 +54,7 @@ inline F* row_target(const RowsView& v, int64_t row, F* buffer) {
 template <class F>
 inline void write_row(const RowsView& v, int64_t row, int64_t n, const F* buffer) {
   if (is_plain<F>(v)) return;
-  visit<F>(v.dtype, v.data, [&](auto* p) {
-    using T = std::remove_reference_t<decltype(*p)>;
-    p += v.offset(row);
-    int64_t i = 0;
-    if (v.inner_stride == 1)
-      for (; i + kLanes<F> <= n; i += kLanes<F>) store_lanes(p + i, load(buffer + i));
-    for (; i < n; ++i) p[i * v.inner_stride] = from_compute<T>(buffer[i]);
-  });
+  visit<F>(v.dtype, v.data, [&](auto* p) { store_run(p + v.offset(row), v.inner_stride, buffer, n); });
 }
 
 }  // namespace iumad::IUMAD_ISA

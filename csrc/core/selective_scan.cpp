@@ -46,14 +46,14 @@ struct ForwardScratch {
   ForwardScratch(int64_t states, int64_t blocks)
       : memory(8 * Scratch::bytes<F>(kMostTokens * V) + 4 * Scratch::bytes<F>(blocks * states * V) +
                Scratch::bytes<int64_t>(states) + Scratch::bytes<ChannelBlock>(blocks) +
-               2 * Scratch::bytes<F>(kMostTokens * converted_row<F>(states))) {
+               2 * Scratch::bytes<F>(kMostTokens * states)) {
     for (F** p : {&u, &delta, &now.dt, &now.dtu, &now.y, &next.dt, &next.dtu, &next.y}) *p = memory.take<F>(kMostTokens * V);
     for (F** p : {&A, &B, &C, &h}) *p = memory.take<F>(blocks * states * V);
     state_offset = memory.take<int64_t>(states);
     for (int64_t n = 0; n < states; ++n) state_offset[n] = n;
     for (int t = 0; t < kMostTokens; ++t) dense[t] = t * V;
     block = memory.take<ChannelBlock>(blocks);
-    for (F** p : {&B_rows, &C_rows}) *p = memory.take<F>(kMostTokens * converted_row<F>(states));
+    for (F** p : {&B_rows, &C_rows}) *p = memory.take<F>(kMostTokens * states);
   }
 };
 
@@ -177,7 +177,7 @@ __attribute__((noinline)) void prepare(const SelectiveScan& s, int64_t k, const 
   for (int t = 0; t < tile.tokens.count; ++t) {
     const Vec<F> x = delta[t] + bias;
     store<F>(p.dt + t * V, x);
-    store<F>(p.dtu + t * V, exp<F>(-abs<F>(x)));
+    if (s.delta_softplus) store<F>(p.dtu + t * V, exp<F>(-abs<F>(x)));
   }
   for (int t = 0; t < tile.tokens.count; ++t) {
     const Vec<F> ut = u[t], x = load(p.dt + t * V);

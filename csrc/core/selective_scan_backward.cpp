@@ -35,14 +35,14 @@ struct BackwardScratch {
   BackwardScratch(int64_t states, int64_t blocks)
       : memory(10 * Scratch::bytes<F>(kTile * V) + 7 * Scratch::bytes<F>(blocks * states * V) +
                2 * Scratch::bytes<F>(blocks * V) + 2 * Scratch::bytes<F>((kTile + 1) * kRun * V) +
-               2 * Scratch::bytes<F>(kTile * states * V) + 2 * Scratch::bytes<F>(kTile * converted_row<F>(states)) +
+               2 * Scratch::bytes<F>(kTile * states * V) + 2 * Scratch::bytes<F>(kTile * states) +
                Scratch::bytes<int64_t>(states)) {
     for (F** p : {&u, &dt, &slope, &dtu, &dout, &z, &y, &dy, &sA, &sB}) *p = memory.take<F>(kTile * V);
     for (F** p : {&A, &B, &C, &g, &dA, &dBc, &dCc}) *p = memory.take<F>(blocks * states * V);
     for (F** p : {&dD, &dbias}) *p = memory.take<F>(blocks * V);
     for (F** p : {&h, &decay}) *p = memory.take<F>((kTile + 1) * kRun * V);
     for (F** p : {&dB, &dC}) *p = memory.take<F>(kTile * states * V);
-    for (F** p : {&B_rows, &C_rows}) *p = memory.take<F>(kTile * converted_row<F>(states));
+    for (F** p : {&B_rows, &C_rows}) *p = memory.take<F>(kTile * states);
     state_offset = memory.take<int64_t>(states);
     for (int64_t n = 0; n < states; ++n) state_offset[n] = n;
   }
@@ -149,7 +149,7 @@ void finish_delta(F* dt, F* slope, const SelectiveScan& s, int count, Vec<F> bia
   for (int t = 0; t < count; ++t) {
     const Vec<F> x = load(dt + t * V) + bias;
     store<F>(dt + t * V, x);
-    store<F>(slope + t * V, exp<F>(-abs<F>(x)));
+    if (s.delta_softplus) store<F>(slope + t * V, exp<F>(-abs<F>(x)));
   }
   for (int t = 0; t < count; ++t) {
     const Vec<F> x = load(dt + t * V);

@@ -209,18 +209,11 @@ struct Coefficients {
   static Vec<F> value(const F* from, int n) { return kConstant ? load(from + n * kLanes<F>) : broadcast(from[n]); }
 };
 
-// Values between the rows of tokens whose coefficients are converted.
-template <class F>
-int64_t converted_row(int64_t states) {
-  return (states + kLanes<F> - 1) / kLanes<F> * kLanes<F>;
-}
-
 // Those of a tile: rows of a varying projection in place where they are of the compute type, else converted into `converted`. The
 // block of a constant one is the channel block's, which the caller enters.
 template <class F, bool kConstant>
 Coefficients<F, kConstant> coefficients(const ProjectionView& v, int64_t states, const TokenTile& tile, int64_t k,
                                         const ChannelBlock& b, F* converted) {
-  constexpr int V = kLanes<F>;
   Coefficients<F, kConstant> c;
   if constexpr (!kConstant) {
     visit<F>(v.dtype, const_cast<void*>(v.data), [&](auto* p) {
@@ -231,10 +224,8 @@ Coefficients<F, kConstant> coefficients(const ProjectionView& v, int64_t states,
         if constexpr (std::is_same_v<T, F>) {
           c.row[t] = row;
         } else {
-          F* to = converted + t * converted_row<F>(states);
-          int64_t n = 0;
-          for (; n + V <= states; n += V) store<F>(to + n, load_lanes(row + n));
-          for (; n < states; ++n) to[n] = to_compute(row[n]);
+          F* to = converted + t * states;
+          load_run(to, row, 1, states);
           c.row[t] = to;
         }
       }

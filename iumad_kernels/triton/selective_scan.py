@@ -210,7 +210,7 @@ def forward(
     last_state = u.new_empty((batch, K, dim, N) if want_last_state else (0,), dtype=compute_type(u)[0])
     scan = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     wanted = last_state if want_last_state else None
-    out, tile_states = _run(*scan, wanted, scheme, step, delta_softplus, save_states)
+    out, tile_states = _run(scan, wanted, scheme, step, delta_softplus, save_states)
     return out, last_state, tile_states
 
 
@@ -227,20 +227,13 @@ def update(
     delta_softplus: bool,
 ) -> Tensor:
     """torch.ops.iumad.selective_state_update: a scan of one token, from ``state`` to ``state``."""
-    out, _ = _run(u, delta, A, B, C, D, z, delta_bias, state, state, 0, 1, delta_softplus, False)
+    scan = (u, delta, A, B, C, D, z, delta_bias, state)
+    out, _ = _run(scan, state, 0, 1, delta_softplus, False)
     return out
 
 
 def _run(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
+    scan: tuple[Any, ...],
     last_state: Tensor | None,
     scheme: int,
     step: int,
@@ -251,6 +244,7 @@ def _run(
 
     Directions that meet at a pixel write parts of their own, added up in order.
     """
+    u, delta, A, B, C, D, z, delta_bias, initial_state = scan
     (batch, _, H, W), (K, dim, N) = u.shape, A.shape
     dtype, compute = compute_type(u)
     common = describe(u, delta, A, B, C, z)

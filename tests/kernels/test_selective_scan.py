@@ -244,6 +244,7 @@ def test_any_shape(data: st.DataObject) -> None:
     groups = data.draw(st.sampled_from([None, 1, 2, 3]))
     dim = data.draw(st.integers(1, 12)) * (groups or 1)
     optional = " ".join(data.draw(st.sets(st.sampled_from(["D", "z", "delta_bias", "initial_state"]))))
+    torch.manual_seed(0)  # what is drawn decides the values too: a failure can be repeated
     compare(
         inputs(batch, dim, length, states, groups, optional),
         delta_softplus=data.draw(st.booleans()),

@@ -75,15 +75,18 @@ def cases() -> Iterator[tuple[str, str, Callable[[], object]]]:
         out, _, states = selective_scan.forward(*inputs, None, 4, 2, True, True)
         selective_scan_backward.backward(out, None, *inputs, states, 4, 2, True, False)
 
-    def attention(dtype: torch.dtype, dim: int, dropout: float, weights: bool = False) -> None:
+    def attention(
+        dtype: torch.dtype, dim: int, dropout: float, weights: bool = False, masked: bool = False
+    ) -> None:
         from iumad_kernels.triton import cross_attention, cross_attention_backward
 
         q = new(6, 196, 8, dim, dtype=dtype).transpose(1, 2)
         seed = new(dtype=torch.int64) if dropout else None
         flags = (dropout, False, dim**-0.5)
-        out, average, lse = cross_attention.forward(q, q, q, None, seed, *flags, True)
+        mask = new(6, 8, 196, 196) if masked else None
+        out, average, lse = cross_attention.forward(q, q, q, mask, seed, *flags, True)
         dweights = average if weights else None
-        cross_attention_backward.backward(out, dweights, q, q, q, None, seed, out, lse, *flags, False)
+        cross_attention_backward.backward(out, dweights, q, q, q, mask, seed, out, lse, *flags, masked)
 
     def divergence() -> None:
         from iumad_kernels.triton import kl_bottleneck
@@ -129,6 +132,12 @@ def cases() -> Iterator[tuple[str, str, Callable[[], object]]]:
         yield "gaussian_bottleneck", name, lambda dtype=dtype: gaussian(dtype)
         yield "depthwise_conv2d", f"{name} 3x3", lambda dtype=dtype: convolution(dtype, 3)
         yield "cross_attention", f"{name} E32", lambda dtype=dtype: attention(dtype, 32, 0.0)
+        for dim in (32, 64, 128):
+            yield (
+                "cross_attention",
+                f"{name} E{dim} mask",
+                lambda dtype=dtype, dim=dim: attention(dtype, dim, 0.0, masked=True),
+            )
     yield "cross_attention", "float32 E32 dropout", lambda: attention(torch.float32, 32, 0.1)
     yield "cross_attention", "float32 E64 dropout", lambda: attention(torch.float32, 64, 0.1)
     yield "cross_attention", "float32 E128 dropout", lambda: attention(torch.float32, 128, 0.1)

@@ -155,12 +155,13 @@ def probabilities(x, lse, first_row, i, queries):
     return tl.exp2(x - tl.where(lse_row == float("-inf"), 0.0, lse_row * LOG2E)[:, None])
 
 
-def sizes(op: str, query: Tensor, value: Tensor, *, weights: bool = False) -> dict[str, Any]:
+def sizes(op: str, query: Tensor, value: Tensor, *, masked: bool, weights: bool = False) -> dict[str, Any]:
     """Block sizes and precision.
 
     More queries per block mean fewer passes over the keys, until registers end (sooner for float32, whose products need their
     operands in parts, and with ``weights``, a gradient of the averaged weights to be read along) or until an H100 gets less
-    than two programs per multiprocessor.
+    than two programs per multiprocessor. The addresses of a mask take registers too: then a block
+    has half the queries and twice the warps, and in float32 nothing is loaded ahead.
     """
     batch, heads, queries, _ = query.shape
     block_e, block_v = max(pow2(query.shape[3]), 16), max(pow2(value.shape[3]), 16)
@@ -170,14 +171,16 @@ def sizes(op: str, query: Tensor, value: Tensor, *, weights: bool = False) -> di
     elif query.element_size() == 2:
         block_q = max(16384 // max(row_bytes, 128), 16)
     else:
-        block_q = 64 if row_bytes <= 128 else 16
+        block_q = 64 if row_bytes <= 128 and not masked else 16
+    if masked:
+        block_q = max(block_q // 2, 16)
     if block_q > 64 and batch * heads * queries < 2 * 132 * block_q:
         block_q = 64
-    many_warps = block_q >= 128 or row_bytes > 128 or query.element_size() > 2 or weights
+    many_warps = block_q >= 128 or row_bytes > 128 or query.element_size() > 2 or weights or masked
     tunable = {
         "BLOCK_Q": min(block_q, max(pow2(queries), 16)),
         "num_warps": 8 if many_warps else 4,
-        "num_stages": 2,
+        "num_stages": 1 if masked and query.element_size() > 2 else 2,
     }
     precision = "tf32x3" if query.dtype == torch.float32 else "ieee"
     fixed = {
@@ -231,7 +234,7 @@ def forward(
     lse = query.new_empty((batch, heads, queries), dtype=dtype)
     weights = query.new_empty((batch, queries, keys) if need_weights else (0,), dtype=dtype)
     common = common_arguments(query, key, attn_mask, seed, dropout_p, is_causal, scale)
-    size = sizes("cross_attention", query, value)
+    size = sizes("cross_attention", query, value, masked=attn_mask is not None)
     blocks = -(-queries // size["BLOCK_Q"])
     launch(
         _forward, batch * heads * blocks, query, **common, **size,

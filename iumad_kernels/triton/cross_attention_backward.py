@@ -213,7 +213,8 @@ def backward(
         "value": value, "value_s": value.stride(), "value_dim": value_dim, "lse": lse,
         "dout": grad_out, "dout_s": grad_out.stride(), "dweights": grad_weights,
     }  # fmt: skip
-    size = sizes("cross_attention_backward", query, value, weights=grad_weights is not None)
+    masked, weights = attn_mask is not None, grad_weights is not None
+    size = sizes("cross_attention_backward", query, value, masked=masked, weights=weights)
     programs = batch * heads * -(-queries // size["BLOCK_Q"])
     if grad_weights is None:  # then the row sums are what every output got from its gradient
         delta = (out.to(dtype) * grad_out).sum(-1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from iumad_kernels import reference as plain
 from iumad_kernels.backend import implement, select
 from iumad_kernels.ops.checks import check_floating, check_shape
-from iumad_kernels.ops.derivatives import gradient_op
+from iumad_kernels.ops.derivatives import differentiable_op, gradient_op
 from iumad_kernels.ops.grids import empty_grid
 
 implement("anomaly_map", "cpu")
@@ -64,7 +64,7 @@ def anomaly_map(
 
     if select(op, features.device) == "reference":
         return plain.anomaly_map(features, reference, (height, width), pool=pool, sigma=sigma)
-    full, score, _, _ = torch.ops.iumad.anomaly_map(features, reference, height, width, pool, float(sigma))
+    full, score, _, _ = _anomaly_map(features, reference, height, width, pool, float(sigma))
     return full, score
 
 
@@ -122,4 +122,4 @@ def _backward(ctx: Any, grad_map: Tensor | None, grad_score: Tensor | None, *_: 
 
 
 _gradients = gradient_op("anomaly_map_backward")
-torch.library.register_autograd("iumad::anomaly_map", _backward, setup_context=_setup_context)
+_anomaly_map = differentiable_op(torch.ops.iumad.anomaly_map.default, _setup_context, _backward)

@@ -12,6 +12,7 @@ from torch import Tensor
 from iumad_kernels import reference
 from iumad_kernels.backend import backend_for, implement, select
 from iumad_kernels.ops.checks import check_floating, check_shape
+from iumad_kernels.ops.depthwise_conv2d import conv_op
 
 implement("causal_conv1d", "cpu", torch_op="depthwise_conv2d")
 
@@ -87,7 +88,7 @@ def causal_conv1d(
         return reference.causal_conv1d(
             x, weight, bias, seq_idx, initial_states, return_final_states, activation
         )
-    out = torch.ops.iumad.depthwise_conv2d(
+    out = conv_op(
         x.unsqueeze(2),
         weight[:, None, None],
         bias,

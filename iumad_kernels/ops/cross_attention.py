@@ -11,11 +11,10 @@ from iumad_kernels import reference
 from iumad_kernels.backend import implement, select
 from iumad_kernels.ops.autocast import to_autocast_dtype
 from iumad_kernels.ops.checks import check_divides, check_floating, check_shape
-from iumad_kernels.ops.derivatives import gradient_op
+from iumad_kernels.ops.derivatives import differentiable_op, gradient_op
 from iumad_kernels.ops.seeds import check_seed, seed_tensor
 
-_FORWARD = torch.ops.iumad.cross_attention.default
-_BACKWARD = gradient_op("cross_attention_backward")
+_gradients = gradient_op("cross_attention_backward")
 
 implement("cross_attention", "cpu")
 
@@ -89,7 +88,7 @@ def cross_attention(
         )
     if attn_mask is not None and attn_mask.dim() < 4:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    out, weights, _ = _call(
+    out, weights, _ = _cross_attention(
         query,
         key,
         value,
@@ -101,15 +100,6 @@ def cross_attention(
         need_weights,
     )
     return (out, weights.to(out.dtype)) if need_weights else out
-
-
-def _call(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    if torch.compiler.is_compiling():
-        return _FORWARD(*inputs)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:4]):
-        return _Attention.apply(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _FORWARD(*inputs)
 
 
 def _check(
@@ -216,7 +206,7 @@ def _backward(
     if grad_out is None:
         grad_out = out.new_zeros(()).expand(out.shape)
     mask_grad = ctx.needs_input_grad[3]
-    dquery, dkey, dvalue, dmask = _BACKWARD(
+    dquery, dkey, dvalue, dmask = _gradients(
         grad_out,
         None if grad_weights is None else grad_weights.contiguous(),
         query,
@@ -232,17 +222,4 @@ def _backward(
     return dquery, dkey, dvalue, dmask if mask_grad else None, None, None, None, None, None
 
 
-# Eager calls take a short cut past torch.library's registration, which costs as much as attention over a small image.
-# Compiled graphs and callers of torch.ops take the registered way; both share `_setup_context` and `_backward`.
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = _FORWARD(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward)
-
-
-torch.library.register_autograd("iumad::cross_attention", _backward, setup_context=_setup_context)
+_cross_attention = differentiable_op(torch.ops.iumad.cross_attention.default, _setup_context, _backward)

@@ -10,7 +10,7 @@ from torch import Tensor
 from iumad_kernels import reference
 from iumad_kernels.backend import implement, select
 from iumad_kernels.ops.checks import check_floating, check_shape
-from iumad_kernels.ops.derivatives import gradient_op
+from iumad_kernels.ops.derivatives import differentiable_op, gradient_op
 from iumad_kernels.ops.grids import empty_grid
 from iumad_kernels.reference.depthwise_conv2d import same_padding
 
@@ -72,9 +72,7 @@ def depthwise_conv2d(
             x, weight, bias, stride=stride, padding=padding, activation=activation
         )
     top, left = (same_padding(n, kernel, stride, padding)[0] for n in x.shape[2:])
-    return torch.ops.iumad.depthwise_conv2d(
-        x, weight, bias, None, None, stride, top, left, activation == "silu"
-    )
+    return conv_op(x, weight, bias, None, None, stride, top, left, activation == "silu")
 
 
 class Arguments(NamedTuple):
@@ -131,4 +129,4 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
 
 
 _gradients = gradient_op("depthwise_conv2d_backward")
-torch.library.register_autograd("iumad::depthwise_conv2d", _backward, setup_context=_setup_context)
+conv_op = differentiable_op(torch.ops.iumad.depthwise_conv2d.default, _setup_context, _backward)

@@ -1,4 +1,8 @@
-"""First derivatives without detours, second derivatives refused: the kernels have none."""
+"""First derivatives without detours, second derivatives refused: the kernels have none.
+
+What torch.library registers (``register_autograd``) serves compiled graphs and callers of ``torch.ops.iumad``. It costs a call as
+much as a small image's work, so eager calls of the public functions go past it.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,8 @@ def _refusal(name: str) -> RuntimeError:
 def gradient_op(name: str) -> Callable[..., Any]:
     """``torch.ops.iumad.<name>`` for the backward of an op, where differentiating its results raises instead of giving zeros.
 
-    Under ``create_graph=True`` it is called as any op. Otherwise the dispatcher goes straight to the kernel: the detour through
-    the autograd registration costs microseconds and finds nothing to record.
+    Under ``create_graph=True`` it is called as any op. Otherwise the dispatcher goes straight to the kernel, for there is nothing
+    to record.
     """
     op = getattr(torch.ops.iumad, name).default
 
@@ -33,6 +37,34 @@ def gradient_op(name: str) -> Callable[..., Any]:
             return op(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
+
+    return call
+
+
+def differentiable_op(
+    op: Any, setup_context: Callable[..., None], backward_fn: Callable[..., Any]
+) -> Callable[..., Any]:
+    """An op of ``torch.ops.iumad`` for the public functions to call, with its derivative: the two functions are those of
+    ``torch.library.register_autograd``, which is given them too."""
+    torch.library.register_autograd(op, backward_fn, setup_context=setup_context)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        backward = staticmethod(backward_fn)
+
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return op(*inputs)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return Eager.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
 
     return call
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from iumad_kernels import reference
 from iumad_kernels.backend import implement, select
 from iumad_kernels.ops.checks import check_floating
-from iumad_kernels.ops.derivatives import gradient_op
+from iumad_kernels.ops.derivatives import differentiable_op, gradient_op
 from iumad_kernels.ops.seeds import check_seed, seed_tensor
 
 implement("gaussian_bottleneck", "cpu")
@@ -60,7 +60,7 @@ def gaussian_bottleneck(
     check_seed(op, seed, mu.device)
     if select(op, mu.device) == "reference":
         return reference.gaussian_bottleneck(mu, logvar, seed=seed, prior=prior)
-    return torch.ops.iumad.gaussian_bottleneck(mu, logvar, seed_tensor(seed, mu.device), mean, std)
+    return _gaussian_bottleneck(mu, logvar, seed_tensor(seed, mu.device), mean, std)
 
 
 @torch.library.register_fake("iumad::gaussian_bottleneck")
@@ -90,4 +90,6 @@ def _backward(ctx: Any, grad_sample: Tensor | None, grad_kl: Tensor | None) -> t
 
 
 _gradients = gradient_op("gaussian_bottleneck_backward")
-torch.library.register_autograd("iumad::gaussian_bottleneck", _backward, setup_context=_setup_context)
+_gaussian_bottleneck = differentiable_op(
+    torch.ops.iumad.gaussian_bottleneck.default, _setup_context, _backward
+)

@@ -1,4 +1,4 @@
-"""What the selective scans of ops/ share: argument checks, the form the kernels read arguments in, and the call."""
+"""What the selective scans of ops/ share: argument checks, and the form the kernels read arguments in."""
 
 from __future__ import annotations
 
@@ -66,20 +66,3 @@ def parameter(p: Tensor, directions: int, compute: torch.dtype, plain_dims: int 
 def rows_of(p: Tensor) -> Tensor:
     """The kernels read N, the last dimension, with stride 1."""
     return p if p.stride(-1) == 1 or p.shape[-1] == 1 else p.contiguous()
-
-
-def scan(
-    tensors: tuple[Tensor | None, ...], scheme: str, step: int, delta_softplus: bool, want_last_state: bool
-) -> tuple[Tensor, Tensor]:
-    """torch.ops.iumad.selective_scan: output and last state, the latter empty unless wanted.
-
-    Calls without gradients go past the registration of autograd.
-    """
-    save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    arguments = (*tensors, SCHEMES.index(scheme), step, delta_softplus, save_states, want_last_state)
-    if save_states or torch.compiler.is_compiling():
-        out, last_state, _ = torch.ops.iumad.selective_scan(*arguments)
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, last_state, _ = torch.ops.iumad.selective_scan(*arguments)
-    return out, last_state

@@ -10,7 +10,7 @@ from torch import Tensor
 from iumad_kernels import gpu, reference
 from iumad_kernels.backend import implement, select
 from iumad_kernels.ops.checks import check_floating, check_shape
-from iumad_kernels.ops.derivatives import gradient_op
+from iumad_kernels.ops.derivatives import differentiable_op, gradient_op
 from iumad_kernels.ops.scan_arguments import (
     SCHEMES,
     check_groups,
@@ -18,7 +18,6 @@ from iumad_kernels.ops.scan_arguments import (
     compute_dtype,
     parameter,
     rows_of,
-    scan,
 )
 
 # How the states are saved for backward: kScanTile, kScanChunk in csrc/core/selective_scan.h, kTile in csrc/cuda/selective_scan.h.
@@ -123,6 +122,17 @@ def selective_scan(
     out, last_state = scan(arguments, scheme, 1, delta_softplus, want_last_state=return_last_state)
     out = out.squeeze(2)
     return (out, last_state.squeeze(1)) if return_last_state else out
+
+
+def scan(
+    tensors: tuple[Tensor | None, ...], scheme: str, step: int, delta_softplus: bool, want_last_state: bool
+) -> tuple[Tensor, Tensor]:
+    """torch.ops.iumad.selective_scan: output and last state, the latter empty unless wanted."""
+    save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    out, last_state, _ = _scan(
+        *tensors, SCHEMES.index(scheme), step, delta_softplus, save_states, want_last_state
+    )
+    return out, last_state
 
 
 def _sequence_projection(p: Tensor, compute: torch.dtype) -> Tensor:
@@ -271,4 +281,4 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_last_state: Tensor | None,
 
 
 _gradients = gradient_op("selective_scan_backward")
-torch.library.register_autograd("iumad::selective_scan", _backward, setup_context=_setup_context)
+_scan = differentiable_op(torch.ops.iumad.selective_scan.default, _setup_context, _backward)

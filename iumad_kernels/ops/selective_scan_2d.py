@@ -14,8 +14,8 @@ from iumad_kernels.ops.scan_arguments import (
     compute_dtype,
     parameter,
     rows_of,
-    scan,
 )
+from iumad_kernels.ops.selective_scan import scan
 
 _DIRECTIONS = {"row": 1, "row_reverse": 1, "bidirectional": 2, "cross": 4}
 

@@ -6,6 +6,7 @@ Not collected by a plain ``pytest``: test_cuda_emulation.py runs this file in a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import iumad_kernels
 from build import build_ops
 from iumad_kernels import reference
 from iumad_kernels.ops import selective_scan as op
+from iumad_kernels.ops.derivatives import differentiable_op
 from iumad_kernels.reference.selective_scan import scan_order
 
 LENGTH_LAST, CHANNELS_LAST, SLICED = "length-last", "channels-last", "sliced"
@@ -22,21 +24,21 @@ OWN_OPS = torch.ops.iumad
 FORWARD, REVERSE, SHUFFLED = 0, 1, 2  # emulation::Order
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _library() -> None:
+@pytest.fixture(scope="session")
+def emulated_scan() -> Callable[..., Any]:
+    """The emulated op with its derivative."""
     torch.ops.load_library(str(build_ops()))
     for name, fake in (("", op._fake), ("_backward", op._fake_backward)):
         torch.library.register_fake(f"iumad_emulated::selective_scan{name}", fake)
     torch.library.register_fake("iumad_emulated::selective_state_update", op._fake_update)
-    torch.library.register_autograd(
-        "iumad_emulated::selective_scan", op._backward, setup_context=op._setup_context
-    )
+    return differentiable_op(torch.ops.iumad_emulated.selective_scan.default, op._setup_context, op._backward)
 
 
 @pytest.fixture(autouse=True)
-def _emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _emulated(monkeypatch: pytest.MonkeyPatch, emulated_scan: Callable[..., Any]) -> Iterator[None]:
     """Sends the public functions to the emulated kernels; fresh memory is NaN."""
     monkeypatch.setattr(torch.ops, "iumad", torch.ops.iumad_emulated)
+    monkeypatch.setattr(op, "_scan", emulated_scan)
     monkeypatch.setattr(op, "_gradients", torch.ops.iumad_emulated.selective_scan_backward)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -41,11 +41,24 @@ def gradient_op(name: str) -> Callable[..., Any]:
     return call
 
 
+def traced() -> bool:
+    """Whether torch compiles the call, or transforms it (vmap): then it has to see the registered op."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def may_need_gradients(*tensors: Tensor | None) -> bool:
+    """Whether an op has to keep what its backward reads. Inside vmap tensors do not tell whether they require gradients."""
+    return torch.is_grad_enabled() and (
+        torch._C._any_requires_grad(*tensors) or torch._C._are_functorch_transforms_active()
+    )
+
+
 def differentiable_op(
     op: Any, setup_context: Callable[..., None], backward_fn: Callable[..., Any]
 ) -> Callable[..., Any]:
     """An op of ``torch.ops.iumad`` for the public functions to call, with its derivative: the two functions are those of
-    ``torch.library.register_autograd``, which is given them too."""
+    ``torch.library.register_autograd``, which is given them too.
+    """
     torch.library.register_autograd(op, backward_fn, setup_context=setup_context)
 
     class Eager(torch.autograd.Function):
@@ -59,7 +72,7 @@ def differentiable_op(
         backward = staticmethod(backward_fn)
 
     def call(*inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if traced():
             return op(*inputs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             return Eager.apply(*inputs)

@@ -12,7 +12,7 @@ from iumad_kernels import reference
 from iumad_kernels.backend import implement, select
 from iumad_kernels.ops.autocast import to_autocast_dtype
 from iumad_kernels.ops.checks import check_floating, check_shape
-from iumad_kernels.ops.derivatives import only_once
+from iumad_kernels.ops.derivatives import may_need_gradients, only_once
 from iumad_kernels.ops.kl_bottleneck import REDUCTIONS
 
 _SUM = REDUCTIONS.index("sum")
@@ -120,13 +120,9 @@ def fused_linear_kl(
         0.0 if beta == 1 else beta,
         1 / max(count, 1),
         chunk_rows or max(16, chunk_logits // max(classes, 1)),
-        _needs_grad(p),
-        _needs_grad(q),
+        may_need_gradients(*p),
+        may_need_gradients(*q),
     )[0]
-
-
-def _needs_grad(side: tuple[Tensor | None, ...]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in side)
 
 
 @torch.library.custom_op("iumad::fused_linear_kl", mutates_args=())

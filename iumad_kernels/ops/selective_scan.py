@@ -10,7 +10,7 @@ from torch import Tensor
 from iumad_kernels import gpu, reference
 from iumad_kernels.backend import implement, select
 from iumad_kernels.ops.checks import check_floating, check_shape
-from iumad_kernels.ops.derivatives import differentiable_op, gradient_op
+from iumad_kernels.ops.derivatives import differentiable_op, gradient_op, may_need_gradients
 from iumad_kernels.ops.scan_arguments import (
     SCHEMES,
     check_groups,
@@ -128,7 +128,7 @@ def scan(
     tensors: tuple[Tensor | None, ...], scheme: str, step: int, delta_softplus: bool, want_last_state: bool
 ) -> tuple[Tensor, Tensor]:
     """torch.ops.iumad.selective_scan: output and last state, the latter empty unless wanted."""
-    save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    save_states = may_need_gradients(*tensors)
     out, last_state, _ = _scan(
         *tensors, SCHEMES.index(scheme), step, delta_softplus, save_states, want_last_state
     )

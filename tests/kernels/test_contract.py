@@ -1,4 +1,4 @@
-"""What every op promises alike: second derivatives are refused, autocast works, shapes are known without data."""
+"""What every op promises alike: second derivatives are refused, autocast and vmap work, shapes are known without data."""
 
 from __future__ import annotations
 
@@ -108,6 +108,17 @@ def test_autocast(name: str) -> None:
     for t, gradient in zip(tensors, torch.autograd.grad(got, tensors)):
         assert gradient.dtype == t.dtype
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name != "fused_linear_kl"])  # a list, which torch cannot map
+def test_vmap(name: str) -> None:
+    """The calls of a mapped function get the gradients of a loop over them."""
+    stacked = [torch.stack([t, 0.5 * t]).detach().requires_grad_() for t in leaves(name)]
+    mapped = total(torch.vmap(OPS[name][0])(*stacked))
+    looped = sum(total(OPS[name][0](*(t[i] for t in stacked))) for i in range(2))
+    torch.testing.assert_close(mapped, looped)
+    for a, b in zip(torch.autograd.grad(mapped, stacked), torch.autograd.grad(looped, stacked)):
+        torch.testing.assert_close(a, b)
 
 
 @every_op

@@ -212,6 +212,7 @@ std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_total, con
                                     int64_t reduction, double kl_weight, double ce_weight, bool through_p, bool need_p,
                                     bool need_q) {
   KLBottleneck k = describe(p, q, labels, mask, temperature, beta);
+  STD_TORCH_CHECK(stats.size(0) == k.rows, "kl_bottleneck_backward: the forward pass has to be called with save_stats=True");
   k.stats = stats.data_ptr();
   KLGradients d{};
   d.through_p = through_p;

@@ -24,9 +24,9 @@ ForwardResults forward(const Tensor& u, const Tensor& delta, const Tensor& A, co
                        bool save_states, bool want_last_state) {
   SelectiveScan s = describe(u, delta, A, B, C, D, z, delta_bias, scheme, step, delta_softplus);
   Tensor out = result_like(s, u);
-  Tensor last_state = empty(u, want_last_state ? last_state_shape(s) : Shape{0}, compute_type(s));
+  Tensor last_state = empty(u, want_last_state ? state_shape(s, is_sequence(u)) : Shape{0}, compute_type(s));
   Tensor tile_states = save_states ? new_tile_states(s, u) : empty(u, {0}, compute_type(s));
-  s.out = grid_view(out);
+  s.out = token_view(out);
   if (want_last_state) s.last_state = state_view(last_state);
   if (initial_state) s.initial_state = state_view(*initial_state);
   if (save_states) s.tile_states = tile_states.data_ptr();
@@ -40,7 +40,7 @@ Tensor update(const Tensor& state, const Tensor& u, const Tensor& delta, const T
               bool delta_softplus) {
   SelectiveScan s = describe(u, delta, A, B, C, D, z, delta_bias, int64_t(ScanScheme::kRow), 1, delta_softplus);
   Tensor out = empty_like(u);
-  s.out = grid_view(out);
+  s.out = token_view(out);
   s.initial_state = s.last_state = state_view(state);
   run_forward(s);
   return out;
@@ -51,19 +51,22 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_las
                    const std::optional<Tensor>& z, const std::optional<Tensor>& delta_bias, const Tensor& tile_states,
                    int64_t scheme, int64_t step, bool delta_softplus, bool has_initial_state) {
   SelectiveScan s = describe(u, delta, A, B, C, D, z, delta_bias, scheme, step, delta_softplus);
+  STD_TORCH_CHECK(tile_states.dim() > 1, "selective_scan_backward: the forward pass has to be called with save_states=True");
   s.tile_states = tile_states.data_ptr();
   const SelectiveScanKernels& kernels = selective_scan_kernels();
-  const int64_t K = s.order.directions(), parts = kernels.backward_parts(s);
+  const bool sequence = is_sequence(u);
+  const int64_t parts = kernels.backward_parts(s);
   const ScalarType compute = compute_type(s);
 
   SelectiveScanGradients d{};
   const Results r = allocate_results(s, d, grad_out, grad_last_state, u, delta, D, z, delta_bias);
-  Tensor dh0 = empty(u, has_initial_state ? Shape{s.batch, K, s.dim, s.states} : Shape{0}, compute);
+  Tensor dh0 = empty(u, has_initial_state ? state_shape(s, sequence) : Shape{0}, compute);
   const auto projection_gradient = [&](const Tensor& t, int64_t* directions) {
-    if (t.dim() == 3) return empty(u, {s.batch, K, s.dim, s.states}, compute);
-    *directions = t.size(1);
-    const Shape shape = {parts, s.batch, t.size(1), s.groups, u.size(2), u.size(3), s.states};
-    return disjoint(s) && t.size(1) > 1 ? zeros(u, shape, compute) : empty(u, shape, compute);
+    if (is_constant(t, sequence)) return empty(u, state_shape(s, sequence), compute);
+    *directions = sequence ? 1 : t.size(1);
+    Shape shape = projection_gradient_shape(s, t, sequence);
+    shape.insert(shape.begin(), parts);
+    return disjoint(s) && *directions > 1 ? zeros(u, shape, compute) : empty(u, shape, compute);
   };
   Tensor dB = projection_gradient(B, &d.B_directions), dC = projection_gradient(C, &d.C_directions);
   d.B = dB.data_ptr();
@@ -71,7 +74,8 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_las
   if (has_initial_state) d.initial_state = state_view(dh0);
 
   parallel(kernels.backward_tasks(s), [&](int64_t begin, int64_t end) { kernels.backward(s, d, begin, end); });
-  return finished_results(s, r, u, delta, z, sum_parts(dB), sum_parts(dC), dh0, sum_parts);
+  const auto summed = [&](const Tensor& sums, const Tensor& t) { return states_first(sum_parts(sums), t, sequence); };
+  return finished_results(s, r, u, delta, z, summed(dB, B), summed(dC, C), dh0, sum_parts);
 }
 
 }  // namespace

@@ -12,47 +12,81 @@ namespace iumad {
 using ForwardResults = std::tuple<Tensor, Tensor, Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-inline TokenView grid_view(const Tensor& t) {  // (batch, channel, row, column)
-  return {t.data_ptr(), dtype_of(t), t.stride(0), 0, t.stride(1), t.stride(2), t.stride(3)};
+// Arguments come in one of two forms, told by the rank of u. A sequence: all as iumad_kernels.selective_scan takes them. A grid: with
+// a dimension of directions where the comments below have one. D and delta_bias are contiguous either way, and so is A.
+inline bool is_sequence(const Tensor& u) { return u.dim() == 3; }
+
+inline TokenView token_view(const Tensor& t) {  // (batch, channel, token) or (batch, channel, row, column)
+  return {t.data_ptr(), dtype_of(t), t.stride(0), 0, t.stride(1), t.dim() == 3 ? 0 : t.stride(2), t.stride(t.dim() - 1)};
 }
 
-inline TokenView direction_grid_view(const Tensor& t) {  // (batch, direction or 1, channel, row, column)
+inline TokenView delta_view(const Tensor& t) {  // as above or (batch, direction or 1, channel, row, column)
+  if (t.dim() == 3) return token_view(t);
   return {t.data_ptr(), dtype_of(t), t.stride(0), t.size(1) == 1 ? 0 : t.stride(1), t.stride(2), t.stride(3), t.stride(4)};
 }
 
-inline StateView state_view(const Tensor& t) {  // (batch, direction, channel, state)
-  return {t.data_ptr(), dtype_of(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+inline StateView state_view(const Tensor& t) {  // (batch, channel, state) or (batch, direction, channel, state)
+  const int64_t channel = t.dim() - 2;
+  return {t.data_ptr(), dtype_of(t), t.stride(0), channel == 1 ? 0 : t.stride(1), t.stride(channel), t.stride(channel + 1)};
 }
 
-inline ProjectionView projection_view(const Tensor& t) {
-  if (t.dim() == 3) return {t.data_ptr(), dtype_of(t), true, 0, 0, 0, 0, 0};  // (direction, channel, state)
-  return {t.data_ptr(), dtype_of(t), false, t.stride(0), t.size(1) == 1 ? 0 : t.stride(1), t.stride(2), t.stride(3), t.stride(4)};
+// B or C. Constant: (channel, state) or (direction, channel, state). Varying: (batch, state, token) or (batch, group, state, token),
+// or (batch, direction or 1, group, row, column, state).
+inline bool is_constant(const Tensor& t, bool sequence) { return t.dim() == (sequence ? 2 : 3); }
+
+inline int64_t groups_of(const Tensor& t, bool sequence) {
+  if (sequence) return t.dim() == 4 ? t.size(1) : 1;
+  return t.dim() == 6 ? t.size(2) : 1;
+}
+
+inline ProjectionView projection_view(const Tensor& t, bool sequence) {
+  ProjectionView v{t.data_ptr(), dtype_of(t), is_constant(t, sequence), 0, 0, 0, 0, 0};
+  if (v.constant) return v;
+  v.batch = t.stride(0);
+  if (sequence) {
+    v.group = t.dim() == 4 ? t.stride(1) : 0;
+    v.column = t.stride(t.dim() - 1);
+  } else {
+    v.direction = t.size(1) == 1 ? 0 : t.stride(1);
+    v.group = t.stride(2);
+    v.row = t.stride(3);
+    v.column = t.stride(4);
+  }
+  return v;
 }
 
 inline SelectiveScan describe(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
                               const std::optional<Tensor>& D, const std::optional<Tensor>& z,
                               const std::optional<Tensor>& delta_bias, int64_t scheme, int64_t step, bool delta_softplus) {
+  const bool sequence = is_sequence(u);
   SelectiveScan s{};
   s.batch = u.size(0);
   s.dim = u.size(1);
-  s.states = A.size(2);
-  s.groups = B.dim() == 3 ? (C.dim() == 3 ? 1 : C.size(2)) : B.size(2);
-  s.delta_rows = delta.size(2);
-  s.order = {static_cast<ScanScheme>(scheme), step, u.size(2), u.size(3)};
+  s.states = A.size(A.dim() - 1);
+  s.groups = groups_of(is_constant(B, sequence) ? C : B, sequence);
+  s.delta_rows = delta.size(sequence ? 1 : 2);
+  s.order = {static_cast<ScanScheme>(scheme), step, sequence ? 1 : u.size(2), u.size(u.dim() - 1)};
   s.delta_softplus = delta_softplus;
   s.is_double = u.scalar_type() == ScalarType::Double;
-  s.u = grid_view(u);
-  s.delta = direction_grid_view(delta);
-  if (z) s.z = grid_view(*z);
+  s.u = token_view(u);
+  s.delta = delta_view(delta);
+  if (z) s.z = token_view(*z);
   s.A = A.data_ptr();
   s.D = data(D);
   s.delta_bias = data(delta_bias);
-  s.B = projection_view(B);
-  s.C = projection_view(C);
+  s.B = projection_view(B, sequence);
+  s.C = projection_view(C, sequence);
   return s;
 }
 
-inline Shape last_state_shape(const SelectiveScan& s) { return {s.batch, s.order.directions(), s.dim, s.states}; }
+// (batch, direction, ...), of which a sequence's form has no direction.
+inline Shape per_batch(const SelectiveScan& s, bool sequence, const Shape& rest) {
+  Shape shape = {s.batch};
+  if (!sequence) shape.push_back(s.order.directions());
+  shape.insert(shape.end(), rest.begin(), rest.end());
+  return shape;
+}
+inline Shape state_shape(const SelectiveScan& s, bool sequence) { return per_batch(s, sequence, {s.dim, s.states}); }
 
 inline ScalarType compute_type(const SelectiveScan& s) { return s.is_double ? ScalarType::Double : ScalarType::Float; }
 
@@ -72,6 +106,18 @@ inline Tensor finished(const Tensor& result, const Tensor& like) {
 // With disjoint directions (es2d) a tensor that has a slice per direction gets gradients only at that direction's pixels.
 inline bool disjoint(const SelectiveScan& s) { return s.order.directions() > 1 && !s.order.overlaps(); }
 
+// How the kernels write the gradient of a varying B or C: with the states last.
+inline Shape projection_gradient_shape(const SelectiveScan& s, const Tensor& t, bool sequence) {
+  if (!sequence) return {s.batch, t.size(1), s.groups, s.order.rows, s.order.columns, s.states};
+  if (t.dim() == 4) return {s.batch, s.groups, s.order.columns, s.states};
+  return {s.batch, s.order.columns, s.states};
+}
+
+// That gradient in the form of its tensor, whose states are before the tokens in a sequence.
+inline Tensor states_first(const Tensor& gradient, const Tensor& t, bool sequence) {
+  return sequence && !is_constant(t, sequence) ? torch::stable::transpose(gradient, t.dim() - 2, t.dim() - 1) : gradient;
+}
+
 // The gradients that have the form of their tensor or a partial sum per batch entry: allocated and entered into `d`.
 struct Results {
   Tensor u, delta, z, A, D, delta_bias;  // empty where the argument is absent
@@ -81,27 +127,29 @@ inline Results allocate_results(const SelectiveScan& s, SelectiveScanGradients& 
                                 const std::optional<Tensor>& grad_last_state, const Tensor& u, const Tensor& delta,
                                 const std::optional<Tensor>& D, const std::optional<Tensor>& z,
                                 const std::optional<Tensor>& delta_bias) {
-  const int64_t K = s.order.directions(), delta_directions = delta.size(1);
+  const bool sequence = is_sequence(u);
+  const int64_t delta_directions = sequence ? 1 : delta.size(1);
   const ScalarType compute = compute_type(s);
   const auto absent = [&] { return empty(u, {0}, compute); };  // results must not share memory
   Results r{result_like(s, u),
             absent(),
             z ? result_like(s, *z) : absent(),
-            empty(u, {s.batch, K, s.dim, s.states}, compute),
-            D ? empty(u, {s.batch, K, s.dim}, compute) : absent(),
-            delta_bias ? empty(u, {s.batch, K, s.dim}, compute) : absent()};
+            empty(u, state_shape(s, sequence), compute),
+            D ? empty(u, per_batch(s, sequence, {s.dim}), compute) : absent(),
+            delta_bias ? empty(u, per_batch(s, sequence, {s.dim}), compute) : absent()};
   const bool holes = disjoint(s) && delta_directions > 1;
   if (s.delta_rows == s.dim && !holes) {
     r.delta = delta_directions == 1 ? result_like(s, delta) : empty_like(delta);
   } else {
-    const Shape shape = {s.batch, delta_directions, s.dim, u.size(2), u.size(3)};
+    const Shape shape = sequence ? Shape{s.batch, s.dim, u.size(2)}
+                                 : Shape{s.batch, delta_directions, s.dim, u.size(2), u.size(3)};
     r.delta = holes ? zeros(u, shape, compute) : empty(u, shape, compute);
   }
-  d.out = grid_view(grad_out);
+  d.out = token_view(grad_out);
   if (grad_last_state) d.last_state = state_view(*grad_last_state);
-  d.u = grid_view(r.u);
-  d.delta = direction_grid_view(r.delta);
-  if (z) d.z = grid_view(r.z);
+  d.u = token_view(r.u);
+  d.delta = delta_view(r.delta);
+  if (z) d.z = token_view(r.z);
   d.A = r.A.data_ptr();
   if (D) d.D = r.D.data_ptr();
   if (delta_bias) d.delta_bias = r.delta_bias.data_ptr();
@@ -114,7 +162,7 @@ Gradients finished_results(const SelectiveScan& s, const Results& r, const Tenso
                            const std::optional<Tensor>& z, const Tensor& dB, const Tensor& dC, const Tensor& initial_state,
                            Sum&& sum) {
   return {finished(r.u, u),
-          r.delta.size(2) == s.delta_rows ? finished(r.delta, delta) : r.delta,
+          s.delta_rows == s.dim ? finished(r.delta, delta) : r.delta,
           sum(r.A),
           dB,
           dC,

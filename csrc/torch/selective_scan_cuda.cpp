@@ -22,9 +22,9 @@ ForwardResults forward(const Tensor& u, const Tensor& delta, const Tensor& A, co
   const Tensor B_read = projection(B, u), C_read = projection(C, u);
   SelectiveScan s = describe(u, delta, A, B_read, C_read, D, z, delta_bias, scheme, step, delta_softplus);
   Tensor out = result_like(s, u);
-  Tensor last_state = empty(u, last_state_shape(s), compute_type(s));  // between two tiles the kernel keeps its states there
+  Tensor last_state = empty(u, state_shape(s, is_sequence(u)), compute_type(s));  // between two tiles the kernel keeps its states there
   Tensor tile_states = empty(u, save_states ? tile_states_shape(s) : Shape{0}, compute_type(s));
-  s.out = grid_view(out);
+  s.out = token_view(out);
   s.last_state = state_view(last_state);
   if (initial_state) s.initial_state = state_view(*initial_state);
   if (save_states) s.tile_states = tile_states.data_ptr();
@@ -39,7 +39,7 @@ Tensor update(const Tensor& state, const Tensor& u, const Tensor& delta, const T
   const CudaContext cuda(u);
   SelectiveScan s = describe(u, delta, A, B, C, D, z, delta_bias, int64_t(ScanScheme::kRow), 1, delta_softplus);
   Tensor out = empty_like(u);
-  s.out = grid_view(out);
+  s.out = token_view(out);
   s.last_state = state_view(state);
   check(cuda::selective_state_update(s, cuda.stream));
   return out;
@@ -52,17 +52,19 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_las
   const CudaContext cuda(u);
   const Tensor B_read = projection(B, u), C_read = projection(C, u);
   SelectiveScan s = describe(u, delta, A, B_read, C_read, D, z, delta_bias, scheme, step, delta_softplus);
+  STD_TORCH_CHECK(tile_states.dim() > 1, "selective_scan_backward: the forward pass has to be called with save_states=True");
   s.tile_states = tile_states.data_ptr();
+  const bool sequence = is_sequence(u);
   const int lanes = cuda::selective_scan_lanes(s, cuda.multiprocessors);
   const int64_t K = s.order.directions(), parts = cuda::selective_scan_parts(s, lanes);
   const ScalarType compute = compute_type(s);
 
   SelectiveScanGradients d{};
   const Results r = allocate_results(s, d, grad_out, grad_last_state, u, delta, D, z, delta_bias);
-  Tensor dh0 = empty(u, {s.batch, K, s.dim, s.states}, compute);
+  Tensor dh0 = empty(u, state_shape(s, sequence), compute);
   d.initial_state = state_view(dh0);
   const auto partial = [&](const Tensor& t) {
-    if (t.dim() == 3) return empty(u, {s.batch, K, s.dim, s.states}, compute);
+    if (is_constant(t, sequence)) return empty(u, state_shape(s, sequence), compute);
     return empty(u, {parts, s.batch, K, s.groups, s.order.max_length(), s.states}, compute);
   };
   const Tensor dB = partial(B), dC = partial(C);
@@ -72,10 +74,10 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_las
 
   const auto sum = [&](const Tensor& t) { return sum_parts(t, cuda.stream); };
   const auto summed = [&](const Tensor& t, const Tensor& sums) {
-    if (t.dim() == 3) return sum(sums);
-    Tensor out = empty(u, {s.batch, t.size(1), s.groups, u.size(2), u.size(3), s.states}, compute);
-    check(cuda::sum_projection(s, sums.data_ptr(), parts, t.size(1), out.data_ptr(), cuda.stream));
-    return out;
+    if (is_constant(t, sequence)) return sum(sums);
+    Tensor out = empty(u, projection_gradient_shape(s, t, sequence), compute);
+    check(cuda::sum_projection(s, sums.data_ptr(), parts, sequence ? 1 : t.size(1), out.data_ptr(), cuda.stream));
+    return states_first(out, t, sequence);
   };
   return finished_results(s, r, u, delta, z, summed(B, dB), summed(C, dC), has_initial_state ? dh0 : empty(u, {0}, compute), sum);
 }

@@ -41,16 +41,15 @@ def gradient_op(name: str) -> Callable[..., Any]:
     return call
 
 
-def traced() -> bool:
-    """Whether torch compiles the call, or transforms it (vmap): then it has to see the registered op."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def transformed() -> bool:
+    """Whether the call is inside vmap, where tensors do not tell whether they require gradients."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def may_need_gradients(*tensors: Tensor | None) -> bool:
-    """Whether an op has to keep what its backward reads. Inside vmap tensors do not tell whether they require gradients."""
-    return torch.is_grad_enabled() and (
-        torch._C._any_requires_grad(*tensors) or torch._C._are_functorch_transforms_active()
-    )
+    """Whether an op has to keep what its backward reads."""
+    required = any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and (required or transformed())
 
 
 def differentiable_op(
@@ -72,7 +71,7 @@ def differentiable_op(
         backward = staticmethod(backward_fn)
 
     def call(*inputs: Any) -> Any:
-        if traced():
+        if torch.compiler.is_compiling() or transformed():  # they have to see the registered op
             return op(*inputs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             return Eager.apply(*inputs)

@@ -50,19 +50,7 @@ def compute_dtype(u: Tensor) -> torch.dtype:
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
-def in_dtype(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """``p.to(dtype)``, without a call into torch where nothing changes."""
-    return p if p.dtype == dtype else p.to(dtype)
-
-
-def parameter(p: Tensor, directions: int, compute: torch.dtype, plain_dims: int = 1) -> Tensor:
-    """A parameter, with or without its K dimension, as (K, ...) in the compute dtype, contiguous."""
-    p = in_dtype(p, compute)
-    if p.dim() == plain_dims:
-        p = p.unsqueeze(0) if directions == 1 else p.expand(directions, *p.shape)
+def parameter(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter as the kernels read it: in the compute dtype, contiguous."""
+    p = p if p.dtype == dtype else p.to(dtype)  # without a call into torch where nothing changes
     return p if p.is_contiguous() else p.contiguous()
-
-
-def rows_of(p: Tensor) -> Tensor:
-    """The kernels read N, the last dimension, with stride 1."""
-    return p if p.stride(-1) == 1 or p.shape[-1] == 1 else p.contiguous()

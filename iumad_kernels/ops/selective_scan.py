@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +19,6 @@ from iumad_kernels.ops.scan_arguments import (
     check_parameters,
     compute_dtype,
     parameter,
-    rows_of,
 )
 
 # How the states are saved for backward: kScanTile, kScanChunk in csrc/core/selective_scan.h, kTile in csrc/cuda/selective_scan.h.
@@ -108,20 +109,28 @@ def selective_scan(
         )
     compute = compute_dtype(u)
     arguments = (
-        u.unsqueeze(2),
-        delta.unsqueeze(1).unsqueeze(3),
-        parameter(A, 1, compute, plain_dims=2),
-        _sequence_projection(B, compute),
-        _sequence_projection(C, compute),
-        None if D is None else parameter(D, 1, compute),
-        None if z is None else z.unsqueeze(2),
-        None if delta_bias is None else parameter(delta_bias, 1, compute),
-        None if initial_state is None else initial_state.unsqueeze(1),
+        u,
+        delta,
+        parameter(A, compute),
+        _projection(B, compute),
+        _projection(C, compute),
+        None if D is None else parameter(D, compute),
+        z,
+        None if delta_bias is None else parameter(delta_bias, compute),
+        initial_state,
     )
     scheme = "row_reverse" if reverse else "row"
     out, last_state = scan(arguments, scheme, 1, delta_softplus, want_last_state=return_last_state)
-    out = out.squeeze(2)
-    return (out, last_state.squeeze(1)) if return_last_state else out
+    return (out, last_state) if return_last_state else out
+
+
+def _projection(p: Tensor, compute: torch.dtype) -> Tensor:
+    """B or C: the kernels read constant ones as parameters, others with the states of a token side by side."""
+    if p.dim() == 2:
+        return parameter(p, compute)
+    if p.stride(-2) == 1 or p.shape[-2] == 1:
+        return p
+    return p.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
 def scan(
@@ -135,16 +144,8 @@ def scan(
     return out, last_state
 
 
-def _sequence_projection(p: Tensor, compute: torch.dtype) -> Tensor:
-    """B or C as (batch, 1, groups, 1, length, N), or (1, dim, N) where constant."""
-    if p.dim() == 2:
-        return parameter(p, 1, compute, plain_dims=2)
-    p = rows_of(p.transpose(-1, -2)).unsqueeze(-3).unsqueeze(1)
-    return p if p.dim() == 6 else p.unsqueeze(1)
-
-
-def _max_length(scheme: int, step: int, H: int, W: int) -> int:
-    return -(-H // step) * -(-W // step) if SCHEMES[scheme] == "es2d" else H * W
+def _max_length(scheme: int, step: int, pixels: Sequence[int]) -> int:
+    return math.prod(-(-n // step) if SCHEMES[scheme] == "es2d" else n for n in pixels)
 
 
 def _runs_in_cuda(device: torch.device) -> bool:
@@ -169,10 +170,11 @@ def _fake(
     save_states: bool,
     want_last_state: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, dim, H, W = u.shape
-    K, _, N = A.shape
+    batch, dim, *pixels = u.shape
+    *directions, _, N = A.shape
+    K = directions[0] if directions else 1
     compute = compute_dtype(u)
-    length = _max_length(scheme, step, H, W)
+    length = _max_length(scheme, step, pixels)
     if not save_states:
         shape: tuple[int, ...] = (0,)
     elif _runs_in_cuda(u.device):
@@ -181,7 +183,7 @@ def _fake(
         shape = (batch, K, -(-dim // _CHUNK), -(-length // _TILE), N, _CHUNK)
     return (
         torch.empty_like(u),
-        u.new_empty((batch, K, dim, N) if want_last_state else (0,), dtype=compute),
+        u.new_empty((batch, *A.shape) if want_last_state else (0,), dtype=compute),
         u.new_empty(shape, dtype=compute),
     )
 
@@ -204,32 +206,42 @@ def _fake_backward(
     delta_softplus: bool,
     has_initial_state: bool,
 ) -> tuple[Tensor, ...]:
-    batch, dim, H, W = u.shape
-    K, _, N = A.shape
+    batch, dim = u.shape[:2]
+    rows = _rows(delta)
     compute = compute_dtype(u)
 
     def new(*shape: int) -> Tensor:
         return u.new_empty(shape, dtype=compute)
 
-    sparse = SCHEMES[scheme] == "es2d" and K > 1 and delta.shape[1] > 1
+    def projection(p: Tensor) -> Tensor:
+        if u.dim() == 4 or p.dim() == 2:
+            return new(*p.shape)
+        return new(*p.shape[:-2], p.shape[-1], p.shape[-2]).transpose(-1, -2)
+
+    sparse = SCHEMES[scheme] == "es2d" and A.shape[0] > 1 and delta.shape[1] > 1
     ddelta = (
         torch.empty_like(delta)
-        if delta.shape[2] == dim and not sparse
-        else new(batch, delta.shape[1], dim, H, W)
+        if delta.shape[rows] == dim and not sparse
+        else new(*delta.shape[:rows], dim, *delta.shape[rows + 1 :])
     )
-    if delta.shape[2] == dim and sparse:
+    if delta.shape[rows] == dim and sparse:
         ddelta = ddelta.to(delta.dtype)
     return (
         torch.empty_like(u),
         ddelta,
-        new(K, dim, N),
-        new(*B.shape),
-        new(*C.shape),
-        new(0) if D is None else new(K, dim),
+        new(*A.shape),
+        projection(B),
+        projection(C),
+        new(0) if D is None else new(*D.shape),
         new(0) if z is None else torch.empty_like(z),
-        new(0) if delta_bias is None else new(K, dim),
-        new(batch, K, dim, N) if has_initial_state else new(0),
+        new(0) if delta_bias is None else new(*delta_bias.shape),
+        new(batch, *A.shape) if has_initial_state else new(0),
     )
+
+
+def _rows(delta: Tensor) -> int:
+    """The dimension of its rows: (batch, rows, length) or (batch, direction, rows, H, W)."""
+    return 1 if delta.dim() == 3 else 2
 
 
 @torch.library.register_fake("iumad::selective_state_update")
@@ -265,7 +277,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_last_state: Tensor | None,
         initial_state is not None,
     )
     if ddelta.shape != delta.shape:  # channels that share a row of delta
-        ddelta = ddelta.unflatten(2, (delta.shape[2], -1)).sum(3).to(delta.dtype)
+        rows = _rows(delta)
+        ddelta = ddelta.unflatten(rows, (delta.shape[rows], -1)).sum(rows + 1).to(delta.dtype)
     return (
         du,
         ddelta,

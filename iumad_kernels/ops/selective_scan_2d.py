@@ -13,7 +13,6 @@ from iumad_kernels.ops.scan_arguments import (
     check_parameters,
     compute_dtype,
     parameter,
-    rows_of,
 )
 from iumad_kernels.ops.selective_scan import scan
 
@@ -99,12 +98,12 @@ def selective_scan_2d(
     arguments = (
         u,
         delta if delta.dim() == 5 else delta.unsqueeze(1),
-        parameter(A, K, compute, plain_dims=2),
+        _per_direction(parameter(A, compute), K, 3),
         _grid_projection(B),
         _grid_projection(C),
-        None if D is None else parameter(D, K, compute),
+        None if D is None else _per_direction(parameter(D, compute), K, 2),
         None,
-        None if delta_bias is None else parameter(delta_bias, K, compute),
+        None if delta_bias is None else _per_direction(parameter(delta_bias, compute), K, 2),
         None,
     )
     return scan(arguments, scheme, step, delta_softplus, want_last_state=False)[0]
@@ -119,10 +118,16 @@ def directions(scheme: str, step: int = 2) -> int:
     return step * step if scheme == "es2d" else _DIRECTIONS[scheme]
 
 
+def _per_direction(p: Tensor, K: int, dims: int) -> Tensor:
+    """A parameter, with or without its K dimension, as (K, ...), contiguous."""
+    return p if p.dim() == dims else p.expand(K, *p.shape).contiguous()
+
+
 def _grid_projection(p: Tensor) -> Tensor:
-    """B or C as (batch, K or 1, groups, H, W, N)."""
+    """B or C as (batch, K or 1, groups, H, W, N), N with stride 1."""
     if p.dim() == 4:
         p = p[:, None, None]
     elif p.dim() == 5:
         p = p.unsqueeze(2)
-    return rows_of(p.movedim(3, -1))
+    p = p.movedim(3, -1)
+    return p if p.stride(-1) == 1 or p.shape[-1] == 1 else p.contiguous()

@@ -149,6 +149,22 @@ def blocks(op: str, scans: int, channels: int, states: int, least: int) -> dict[
     return {"BLOCK_N": block_n} | tuned(op, {"BLOCK_D": block_d, "num_warps": warps})
 
 
+def grid_form(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None, *states: Tensor | None
+) -> tuple[Any, ...]:
+    """The arguments of a sequence in the form of those of a grid of one row; ``states`` are (batch, dim, N)."""
+
+    def projection(p: Tensor) -> Tensor:
+        if p.dim() == 2:
+            return p.unsqueeze(0)
+        return (p if p.dim() == 4 else p.unsqueeze(1)).mT[:, None, :, None]
+
+    return (
+        u.unsqueeze(2), delta[:, None, :, None], A.unsqueeze(0), projection(B), projection(C),
+        None if z is None else z.unsqueeze(2), *(None if s is None else s.unsqueeze(1) for s in states),
+    )  # fmt: skip
+
+
 def flat(t: Tensor) -> Tensor:
     """``t`` with its two dimensions of pixels as one: a view where the strides allow. Constant B and C as they are."""
     row = {4: 2, 5: 3, 6: 3}.get(t.dim())  # (b, c, H, W), (b, k, c, H, W), (b, k, group, H, W, N)
@@ -206,12 +222,14 @@ def forward(
     want_last_state: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch.ops.iumad.selective_scan."""
-    (batch, _, _, _), (K, dim, N) = u.shape, A.shape
-    last_state = u.new_empty((batch, K, dim, N) if want_last_state else (0,), dtype=compute_type(u)[0])
-    scan = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    last_state = u.new_empty((u.shape[0], *A.shape) if want_last_state else (0,), dtype=compute_type(u)[0])
     wanted = last_state if want_last_state else None
+    sequence = u.dim() == 3
+    if sequence:
+        u, delta, A, B, C, z, initial_state, wanted = grid_form(u, delta, A, B, C, z, initial_state, wanted)
+    scan = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     out, tile_states = _run(scan, wanted, scheme, step, delta_softplus, save_states)
-    return out, last_state, tile_states
+    return out.squeeze(2) if sequence else out, last_state, tile_states
 
 
 def update(

@@ -23,6 +23,7 @@ from iumad_kernels.triton.selective_scan import (
     describe,
     finished,
     flat,
+    grid_form,
     load_token,
     locate,
     parts,
@@ -180,6 +181,11 @@ def backward(
     has_initial_state: bool,
 ) -> tuple[Tensor, ...]:
     """torch.ops.iumad.selective_scan_backward: gradients of u, delta (all channels), A, B, C, D, z, delta_bias, initial_state."""
+    if u.dim() == 3:
+        return _sequence_backward(
+            grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, tile_states,
+            scheme, step, delta_softplus, has_initial_state,
+        )  # fmt: skip
     batch, (K, dim, N), pixels = u.shape[0], A.shape, u.shape[2] * u.shape[3]
     dtype, compute = compute_type(u)
     common = describe(u, delta, A, B, C, z)
@@ -258,6 +264,29 @@ def backward(
         total(dbias),
         none if dinitial is None else dinitial,
     )
+
+
+def _sequence_backward(
+    grad_out: Tensor, grad_last_state: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, delta_bias: Tensor | None, tile_states: Tensor,
+    scheme: int, step: int, delta_softplus: bool, has_initial_state: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``backward`` of a sequence: the gradients of a grid of one row, in the forms a sequence has."""
+    u, delta, A, B_grid, C_grid, z_grid, grad_last_state = grid_form(u, delta, A, B, C, z, grad_last_state)
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = backward(
+        grad_out.unsqueeze(2), grad_last_state, u, delta, A, B_grid, C_grid, D, z_grid, delta_bias, tile_states,
+        scheme, step, delta_softplus, has_initial_state,
+    )  # fmt: skip
+
+    def projection(gradient: Tensor, p: Tensor) -> Tensor:
+        if p.dim() == 2:
+            return gradient.squeeze(0)
+        return (gradient[:, 0, :, 0] if p.dim() == 4 else gradient[:, 0, 0, 0]).mT
+
+    return (
+        du.squeeze(2), ddelta[:, 0, :, 0], dA.squeeze(0), projection(dB, B), projection(dC, C), dD.flatten(),
+        dz if z is None else dz.squeeze(2), dbias.flatten(), dinitial.squeeze(1) if has_initial_state else dinitial,
+    )  # fmt: skip
 
 
 def _parted(t: Tensor, *broadcast: int) -> tuple[int, ...]:

@@ -313,22 +313,27 @@ def test_emulated_schemas_are_the_ops_own(name: str) -> None:
     assert str(emulated).partition("(")[2] == str(own).partition("(")[2]
 
 
-@pytest.mark.parametrize("scheme", ["row", "cross", "es2d"])
+@pytest.mark.parametrize("scheme", ["sequence", "row", "cross", "es2d"])
 def test_opcheck(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, fake kernel and autograd of the CUDA ops against what they do; the saved states have CUDA's shape."""
     monkeypatch.setattr(op, "_runs_in_cuda", lambda device: True)
-    K = {"row": 1, "cross": 4, "es2d": 4}[scheme]
-    u, grad = torch.randn(2, 2, 3, 9, 11).unbind()
-    delta, A, D = torch.rand(2, K, 3, 9, 11), -torch.rand(K, 3, 5), torch.randn(K, 3)
-    B, C = torch.randn(2, 2, K, 1, 9, 11, 5).unbind()
+    if scheme == "sequence":
+        u, grad, delta = torch.rand(3, 2, 3, 99).unbind()
+        A, D, bias = -torch.rand(3, 5), torch.randn(3), torch.randn(3)
+        B, C = torch.randn(2, 2, 99, 5).mT.unbind()
+        scheme = "row"
+    else:
+        K = {"row": 1, "cross": 4, "es2d": 4}[scheme]
+        u, grad = torch.randn(2, 2, 3, 9, 11).unbind()
+        delta, A, D = torch.rand(2, K, 3, 9, 11), -torch.rand(K, 3, 5), torch.randn(K, 3)
+        B, C = torch.randn(2, 2, K, 1, 9, 11, 5).unbind()
+        bias = None
     flags = (op.SCHEMES.index(scheme), 2 if scheme == "es2d" else 1, True)
-    inputs = [t.requires_grad_() for t in (u, delta, A, B, C, D)]
-    torch.library.opcheck(
-        torch.ops.iumad_emulated.selective_scan.default, (*inputs, None, None, None, *flags, True)
-    )
-    inputs = [t.detach() for t in inputs]
-    states = torch.ops.iumad_emulated.selective_scan(*inputs, None, None, None, *flags, True)[2]
-    arguments = (grad, None, *inputs, None, None, states, *flags, False)
+    inputs = [None if t is None else t.requires_grad_() for t in (u, delta, A, B, C, D, None, bias)]
+    torch.library.opcheck(torch.ops.iumad_emulated.selective_scan.default, (*inputs, None, *flags, True))
+    inputs = [None if t is None else t.detach() for t in inputs]
+    states = torch.ops.iumad_emulated.selective_scan(*inputs, None, *flags, True)[2]
+    arguments = (grad, None, *inputs, states, *flags, False)
     torch.library.opcheck(torch.ops.iumad_emulated.selective_scan_backward.default, arguments)
 
 

@@ -110,7 +110,9 @@ def test_autocast(name: str) -> None:
         assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name in OPS if name != "fused_linear_kl"])  # a list, which torch cannot map
+@pytest.mark.parametrize(
+    "name", [name for name in OPS if name != "fused_linear_kl"]
+)  # a list, which torch cannot map
 def test_vmap(name: str) -> None:
     """The calls of a mapped function get the gradients of a loop over them."""
     stacked = [torch.stack([t, 0.5 * t]).detach().requires_grad_() for t in leaves(name)]

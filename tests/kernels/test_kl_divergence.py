@@ -361,3 +361,10 @@ def test_logits_masked_with_the_lowest_number(beta: float, isa: str) -> None:
     torch.testing.assert_close(loss.double(), want_loss, rtol=1e-5, atol=1e-6)
     for g, w in zip(got, torch.autograd.grad(want_loss, masked)):
         torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-6)
+
+
+def test_backward_without_saved_statistics_is_refused() -> None:
+    p, q = torch.randn(2, 4, 5).requires_grad_().unbind()
+    loss, _ = torch.ops.iumad.kl_divergence(p, q, None, 1.0, 0.0, 3, False)
+    with pytest.raises(RuntimeError, match="save_stats=True"):
+        loss.backward()

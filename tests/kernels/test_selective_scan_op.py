@@ -14,8 +14,27 @@ from iumad_kernels.ops.scan_arguments import SCHEMES
 
 
 def op_arguments(dtype: torch.dtype = torch.float32, scheme: str = "row") -> tuple[Any, ...]:
-    K = {"row": 1, "cross": 4, "es2d": 4}[scheme]
-    tensors = [
+    """A grid's; of "sequence" with groups, of "constant" with B as a parameter."""
+    K = {"cross": 4, "es2d": 4}.get(scheme, 1)
+    if scheme in ("sequence", "constant"):
+        u, delta, z = torch.randn(3, 2, 20, 17).unbind()
+        B, C = torch.randn(2, 2, 2, 17, 5).mT.unbind()
+        A, (D, bias), last = -torch.rand(20, 5), torch.randn(2, 20), torch.randn(2, 20, 5)
+        tensors = [u, delta[:, ::4], A, B if scheme == "sequence" else A, C, D, z, bias, last]
+        scheme = "row"
+    else:
+        tensors = _grid_tensors(K)
+    return (
+        tuple(None if t is None else t.to(dtype).requires_grad_() for t in tensors),
+        SCHEMES.index(scheme),
+        2,
+        True,
+        True,
+    )
+
+
+def _grid_tensors(K: int) -> list[Tensor | None]:
+    return [
         torch.randn(2, 20, 3, 17),
         torch.randn(2, K, 20, 3, 17),
         -torch.rand(K, 20, 5),
@@ -26,16 +45,9 @@ def op_arguments(dtype: torch.dtype = torch.float32, scheme: str = "row") -> tup
         torch.randn(K, 20),
         torch.randn(2, K, 20, 5) if K == 1 else None,
     ]
-    return (
-        tuple(None if t is None else t.to(dtype).requires_grad_() for t in tensors),
-        SCHEMES.index(scheme),
-        2,
-        True,
-        True,
-    )
 
 
-@pytest.mark.parametrize("scheme", ["row", "cross", "es2d"])
+@pytest.mark.parametrize("scheme", ["sequence", "constant", "row", "cross", "es2d"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(scheme: str, dtype: torch.dtype) -> None:
     tensors, *rest = op_arguments(dtype, scheme)
@@ -94,3 +106,10 @@ def test_no_state_is_saved_without_gradients() -> None:
     assert last_state.numel() > 0
     assert [t.numel() for t in empty] == [0, 0]
     assert torch.equal(alone, out)
+
+
+def test_backward_without_saved_states_is_refused() -> None:
+    tensors, *rest = op_arguments(scheme="sequence")
+    out, _, _ = torch.ops.iumad.selective_scan(*tensors, *rest[:-1], False)
+    with pytest.raises(RuntimeError, match="save_states=True"):
+        out.sum().backward()

@@ -23,16 +23,19 @@ def check_parameters(
     """Checks what depends on dim alone; returns N."""
     if dim:
         check_divides(op, "rows of delta", delta_rows, "dim", dim)
-    shapes: tuple[tuple[int, ...], ...] = ((dim,),) if directions is None else ((dim,), (directions, dim))
-    legend = (
-        ("(dim, N)", "(dim,)") if directions is None else ("(dim, N) or (K, dim, N)", "(dim,) or (K, dim)")
-    )
-    check_shape(op, "A", A, *((*shape, None) for shape in shapes), legend=legend[0])
+    if directions is None:
+        shapes: tuple[tuple[int, ...], ...] = ((dim,),)
+        A_shapes: tuple[tuple[int | None, ...], ...] = ((dim, None),)
+        legend, A_legend = "(dim,)", "(dim, N)"
+    else:
+        shapes, A_shapes = ((dim,), (directions, dim)), ((dim, None), (directions, dim, None))
+        legend, A_legend = "(dim,) or (K, dim)", "(dim, N) or (K, dim, N)"
+    check_shape(op, "A", A, *A_shapes, legend=A_legend)
     states = A.shape[-1]
     if states < 1:
         raise ValueError(f"{op}: A has shape {tuple(A.shape)}: N = 0, expected N >= 1")
-    check_shape(op, "D", D, *shapes, legend=legend[1])
-    check_shape(op, "delta_bias", delta_bias, *shapes, legend=legend[1])
+    check_shape(op, "D", D, *shapes, legend=legend)
+    check_shape(op, "delta_bias", delta_bias, *shapes, legend=legend)
     return states
 
 

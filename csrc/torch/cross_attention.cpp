@@ -105,7 +105,7 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_wei
   if (grad_weights) d.weights = grad_weights->data_ptr();
   const int64_t parts = kernels.backward_parts(s, d.weights != nullptr);
 
-  Tensor dquery = empty_like(query), dkey = empty_like(key), dvalue = empty_like(value);
+  Tensor dquery = new_like(query), dkey = new_like(key), dvalue = new_like(value);
   d.query = head_view(dquery);
   Tensor key_parts, value_parts;
   if (parts == 1) {

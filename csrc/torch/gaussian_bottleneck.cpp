@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& mu, const Tensor& logvar, const
                                    double prior_std) {
   const GaussianBottleneck g = describe(mu, logvar, seed, prior_mean, prior_std);
   const auto sizes = mu.sizes();
-  Tensor sample = empty_like(mu);
+  Tensor sample = new_like(mu);
   Tensor kl = empty(mu, Shape(sizes.begin(), sizes.end() - 1), g.is_double ? ScalarType::Double : ScalarType::Float);
   const RowsView out = rows_view(sample);
   const GaussianBottleneckKernels& kernels = gaussian_bottleneck_kernels();
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_sample, co
                                     const Tensor& mu, const Tensor& logvar, const Tensor& seed, double prior_mean,
                                     double prior_std) {
   const GaussianBottleneck g = describe(mu, logvar, seed, prior_mean, prior_std);
-  Tensor dmu = empty_like(mu), dlogvar = empty_like(logvar);
+  Tensor dmu = new_like(mu), dlogvar = new_like(logvar);
   GaussianGradients d{};
   if (grad_sample) d.sample = rows_view(*grad_sample);
   const Tensor by_row = grad_kl ? torch::stable::reshape(*grad_kl, {-1}) : mu;

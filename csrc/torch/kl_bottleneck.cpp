@@ -161,7 +161,7 @@ BottleneckLosses bottleneck(const Tensor& p, const Tensor& q, const std::optiona
 class AtOnce {
  public:
   AtOnce(const KLBottleneck& k, const Tensor& p, const Tensor& q, int64_t reduction, bool need_p, bool need_q)
-      : dp(need_p ? empty_like(p) : empty(p, {0}, p.scalar_type())), dq(need_q ? empty_like(q) : empty(p, {0}, p.scalar_type())) {
+      : dp(need_p ? new_like(p) : empty(p, {0}, p.scalar_type())), dq(need_q ? new_like(q) : empty(p, {0}, p.scalar_type())) {
     scale_ = Counts{double(k.rows), double(k.rows) * double(k.classes)}.scale(reduction);
     if (need_p) gradients.p = rows_view(dp);
     if (need_q) gradients.q = rows_view(dq);
@@ -247,7 +247,7 @@ std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_total, con
   }
 
   const Tensor absent = empty(p, {0}, p.scalar_type());
-  Tensor dp = need_p ? empty_like(p) : absent, dq = need_q ? empty_like(q) : absent;
+  Tensor dp = need_p ? new_like(p) : absent, dq = need_q ? new_like(q) : absent;
   if (need_p) d.p = rows_view(dp);
   if (need_q) d.q = rows_view(dq);
   const KLBottleneckKernels& kernels = kl_bottleneck_kernels();

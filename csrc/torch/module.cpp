@@ -6,6 +6,7 @@
 
 #include "../core/dispatch.h"
 #include "../core/selective_scan.h"
+#include "common.h"
 
 namespace py = pybind11;
 using namespace iumad;
@@ -71,6 +72,9 @@ PYBIND11_MODULE(_C, m) {
       "evaluate_exponentials", [](int64_t count) { return selective_scan_kernels().exponentials(count); }, py::arg("count"),
       "Evaluates `count` exponentials as the selective scan does and nothing else: the floor its benchmark compares with.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Run the kernels of another instruction set (for tests and benchmarks).");
+  m.def(
+      "fill_new_tensors", [](bool fill) { fill_new_tensors = fill; }, py::arg("fill"),
+      "Fill the memory of results with NaN before kernels write it (for tests).");
   m.def("cpu_bf16", [] { return bf16_name(current_bf16()); }, "The instructions that multiply bfloat16 matrices.");
   m.def("cpu_bf16_units", &supported_bf16, "Those compiled in that this CPU has, slowest first.");
   m.def("set_cpu_bf16", &set_cpu_bf16, py::arg("name"),

@@ -39,7 +39,7 @@ Tensor update(const Tensor& state, const Tensor& u, const Tensor& delta, const T
               const std::optional<Tensor>& D, const std::optional<Tensor>& z, const std::optional<Tensor>& delta_bias,
               bool delta_softplus) {
   SelectiveScan s = describe(u, delta, A, B, C, D, z, delta_bias, int64_t(ScanScheme::kRow), 1, delta_softplus);
-  Tensor out = empty_like(u);
+  Tensor out = new_like(u);
   s.out = token_view(out);
   s.initial_state = s.last_state = state_view(state);
   run_forward(s);

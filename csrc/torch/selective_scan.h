@@ -12,8 +12,8 @@ namespace iumad {
 using ForwardResults = std::tuple<Tensor, Tensor, Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Arguments come in one of two forms, told by the rank of u. A sequence: all as iumad_kernels.selective_scan takes them. A grid: with
-// a dimension of directions where the comments below have one. D and delta_bias are contiguous either way, and so is A.
+// Arguments come in one of two forms, told by the rank of u. A sequence: all as iumad_kernels.selective_scan takes them. A grid:
+// with a dimension of directions where the comments below have one. D and delta_bias are contiguous either way, and so is A.
 inline bool is_sequence(const Tensor& u) { return u.dim() == 3; }
 
 inline TokenView token_view(const Tensor& t) {  // (batch, channel, token) or (batch, channel, row, column)
@@ -30,8 +30,8 @@ inline StateView state_view(const Tensor& t) {  // (batch, channel, state) or (b
   return {t.data_ptr(), dtype_of(t), t.stride(0), channel == 1 ? 0 : t.stride(1), t.stride(channel), t.stride(channel + 1)};
 }
 
-// B or C. Constant: (channel, state) or (direction, channel, state). Varying: (batch, state, token) or (batch, group, state, token),
-// or (batch, direction or 1, group, row, column, state).
+// B or C. Constant: (channel, state) or (direction, channel, state). Varying: (batch, state, token) or (batch, group, state,
+// token), or (batch, direction or 1, group, row, column, state).
 inline bool is_constant(const Tensor& t, bool sequence) { return t.dim() == (sequence ? 2 : 3); }
 
 inline int64_t groups_of(const Tensor& t, bool sequence) {
@@ -96,7 +96,7 @@ inline bool accumulates_in_float(const SelectiveScan& s, const Tensor& like) {
 }
 
 inline Tensor result_like(const SelectiveScan& s, const Tensor& like) {
-  return accumulates_in_float(s, like) ? torch::stable::to(empty_like(like), ScalarType::Float) : empty_like(like);
+  return accumulates_in_float(s, like) ? torch::stable::to(new_like(like), ScalarType::Float) : new_like(like);
 }
 
 inline Tensor finished(const Tensor& result, const Tensor& like) {
@@ -139,10 +139,10 @@ inline Results allocate_results(const SelectiveScan& s, SelectiveScanGradients& 
             delta_bias ? empty(u, per_batch(s, sequence, {s.dim}), compute) : absent()};
   const bool holes = disjoint(s) && delta_directions > 1;
   if (s.delta_rows == s.dim && !holes) {
-    r.delta = delta_directions == 1 ? result_like(s, delta) : empty_like(delta);
+    r.delta = delta_directions == 1 ? result_like(s, delta) : new_like(delta);
   } else {
-    const Shape shape = sequence ? Shape{s.batch, s.dim, u.size(2)}
-                                 : Shape{s.batch, delta_directions, s.dim, u.size(2), u.size(3)};
+    const Shape shape =
+        sequence ? Shape{s.batch, s.dim, u.size(2)} : Shape{s.batch, delta_directions, s.dim, u.size(2), u.size(3)};
     r.delta = holes ? zeros(u, shape, compute) : empty(u, shape, compute);
   }
   d.out = token_view(grad_out);

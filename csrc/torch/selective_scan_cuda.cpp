@@ -22,7 +22,8 @@ ForwardResults forward(const Tensor& u, const Tensor& delta, const Tensor& A, co
   const Tensor B_read = projection(B, u), C_read = projection(C, u);
   SelectiveScan s = describe(u, delta, A, B_read, C_read, D, z, delta_bias, scheme, step, delta_softplus);
   Tensor out = result_like(s, u);
-  Tensor last_state = empty(u, state_shape(s, is_sequence(u)), compute_type(s));  // between two tiles the kernel keeps its states there
+  Tensor last_state =
+      empty(u, state_shape(s, is_sequence(u)), compute_type(s));  // between two tiles the kernel keeps its states there
   Tensor tile_states = empty(u, save_states ? tile_states_shape(s) : Shape{0}, compute_type(s));
   s.out = token_view(out);
   s.last_state = state_view(last_state);
@@ -38,7 +39,7 @@ Tensor update(const Tensor& state, const Tensor& u, const Tensor& delta, const T
               bool delta_softplus) {
   const CudaContext cuda(u);
   SelectiveScan s = describe(u, delta, A, B, C, D, z, delta_bias, int64_t(ScanScheme::kRow), 1, delta_softplus);
-  Tensor out = empty_like(u);
+  Tensor out = new_like(u);
   s.out = token_view(out);
   s.last_state = state_view(state);
   check(cuda::selective_state_update(s, cuda.stream));

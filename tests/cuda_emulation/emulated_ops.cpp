@@ -18,6 +18,8 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_T
 namespace iumad {
 namespace {
 
+const bool shows_what_no_kernel_writes = (fill_new_tensors = true);
+
 void set_order(int64_t order) { emulation::order = static_cast<emulation::Order>(order); }
 
 }  // namespace

@@ -5,7 +5,7 @@ Not collected by a plain ``pytest``: test_cuda_emulation.py runs this file in a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,16 +35,12 @@ def emulated_scan() -> Callable[..., Any]:
 
 
 @pytest.fixture(autouse=True)
-def _emulated(monkeypatch: pytest.MonkeyPatch, emulated_scan: Callable[..., Any]) -> Iterator[None]:
-    """Sends the public functions to the emulated kernels; fresh memory is NaN."""
+def _emulated(monkeypatch: pytest.MonkeyPatch, emulated_scan: Callable[..., Any]) -> None:
+    """Sends the public functions to the emulated kernels."""
     monkeypatch.setattr(torch.ops, "iumad", torch.ops.iumad_emulated)
     monkeypatch.setattr(op, "_scan", emulated_scan)
     monkeypatch.setattr(op, "_gradients", torch.ops.iumad_emulated.selective_scan_backward)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     torch.ops.iumad_emulated.set_order(FORWARD)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

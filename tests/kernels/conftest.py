@@ -14,6 +14,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture
+def fresh_nan() -> Iterator[None]:
+    """Results are NaN before the kernels write them: what they forget shows."""
+    from iumad_kernels import _C
+
+    _C.fill_new_tensors(True)
+    yield
+    _C.fill_new_tensors(False)
+
+
 @pytest.fixture(scope="module")
 def triton_device() -> Iterator[torch.device]:
     """Inside the test torch.ops.iumad.* run in Triton: on the GPU where there is one, otherwise interpreted. Gives the device."""

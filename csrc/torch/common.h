@@ -47,7 +47,8 @@ inline Tensor empty_strided(const Tensor& like, const Shape& shape, const Shape&
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), type, device, index, &result));
   Tensor t(result);
-  if (fill_new_tensors && t.is_cpu()) std::memset(t.data_ptr(), 0xff, size_t(t.numel()) * t.element_size());
+  const bool fill = fill_new_tensors && device == aoti_torch_device_type_cpu() && t.numel() > 0;
+  if (fill) std::memset(t.data_ptr(), 0xff, size_t(t.numel()) * t.element_size());
   return t;
 }
 

@@ -124,8 +124,14 @@ class Dropout {
   // 64-bit words for the keys of a block.
   static int64_t words(int64_t keys) { return (keys + kPhiloxBlock - 1) / kPhiloxBlock; }
 
-  void draw(uint64_t* kept, const KeyBlock& block, int64_t row) const {
-    random_bits(keys_, uint64_t(row * blocks_ + block.first / kPhiloxBlock), words(block.count), threshold_, kept);
+  // For `rows` rows from `row` on, `ld` words apart.
+  void draw(uint64_t* kept, int64_t ld, const KeyBlock& block, int64_t row, int64_t rows) const {
+    const int rest = int(block.count % kPhiloxBlock);
+    const bool short_rest = 0 < rest && rest <= 16;
+    const int64_t whole = short_rest ? block.count / kPhiloxBlock : words(block.count);
+    const uint64_t first = uint64_t(row * blocks_ + block.first / kPhiloxBlock);
+    for (int64_t r = 0; r < rows; ++r) random_bits(keys_, first + uint64_t(r * blocks_), whole, threshold_, kept + r * ld);
+    if (short_rest) random_bits_of_rows(keys_, first + uint64_t(whole), blocks_, rows, rest, threshold_, kept + whole, ld);
   }
 
  private:

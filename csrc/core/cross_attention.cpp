@@ -158,9 +158,7 @@ class Forward {
                     typename P::Right value) {
     const int64_t count = count_ - i < plan_.row_block ? count_ - i : plan_.row_block;
     const bool drops = s_.dropout_p > 0;
-    if (drops)
-      for (int64_t r = 0; r < count; ++r)
-        dropout_.draw(kept_ + r * words_, block, (b * s_.heads + head) * s_.queries + first_ + i + r);
+    if (drops) draw(b, head, i, count, block);
     const Exponentials<F> exponentials = {broadcast(F(s_.scale) * kLog2E<F>), block.count, sums_ + row * kLanes<F>,
                                           drops ? kept_ : nullptr, words_};
     T* weights = P::rows_of_left(score_, score_form_);
@@ -190,12 +188,13 @@ class Forward {
     }
     P::multiply(count, block.padded, s_.dim, P::left_from_rows(query_ + row * ld_query_, ld_query_), key, score_, ld_score_,
                 false, prefetcher_);
-    for (int64_t r = 0; r < count; ++r) softmax_row(b, head, i + r, row + r, block, score_ + r * ld_score_);
+    if (s_.dropout_p > 0) draw(b, head, i, count, block);
+    for (int64_t r = 0; r < count; ++r) softmax_row(b, head, i + r, row + r, block, score_ + r * ld_score_, kept_ + r * words_);
     const auto left = P::left_from_scores(score_, ld_score_, count, block.padded, score_form_);
     P::multiply(count, value_dim_, block.count, left, value, out_ + row * ld_out_, ld_out_, block.first > 0, prefetcher_);
   }
 
-  void softmax_row(int64_t b, int64_t head, int64_t i, int64_t row, const KeyBlock& block, F* score) {
+  void softmax_row(int64_t b, int64_t head, int64_t i, int64_t row, const KeyBlock& block, F* score, const uint64_t* kept) {
     const int64_t query = first_ + i;
     const F factor = F(s_.scale) * kLog2E<F>;
     if (s_.mask.data) load_bias(bias_, s_.mask, block, b, head, query);
@@ -215,11 +214,13 @@ class Forward {
     }
     sum_[row] += sum;
     max_[row] = best;
-    if (s_.dropout_p > 0) {
-      dropout_.draw(kept_, block, (b * s_.heads + head) * s_.queries + query);
-      drop_row(score, block.padded, kept_, F(1));
-    }
+    if (s_.dropout_p > 0) drop_row(score, block.padded, kept, F(1));
     if (s_.weights) add_weights(b, head, query, score, block.count, sum_[row]);
+  }
+
+  // Which keys queries i.. of the chunk keep.
+  void draw(int64_t b, int64_t head, int64_t i, int64_t count, const KeyBlock& block) {
+    dropout_.draw(kept_, words_, block, (b * s_.heads + head) * s_.queries + first_ + i, count);
   }
 
   void add_weights(int64_t b, int64_t head, int64_t query, const F* score, int64_t count, F sum) const {

@@ -213,15 +213,15 @@ class Backward {
     }
     const auto query = P::left_from_rows(query_ + row * ld_query_, ld_query_);
     const auto out_grad = P::left_from_rows(out_grad_ + row * ld_value_, ld_value_);
+    const bool drops = s_.dropout_p > 0;
+    if (drops) dropout_.draw(kept_, words_, block, (b * s_.heads + head) * s_.queries + first_ + i, count);
     if (s_.mask.data || s_.causal || d_.weights) {
       P::multiply(count, block.padded, s_.dim, query, keys_by_dim_, score_, ld_score_, false, prefetcher_);
       P::multiply(count, block.padded, s_.value_dim, out_grad, values_by_dim_, score_grad_, ld_score_, false, prefetcher_);
       for (int64_t r = 0; r < count; ++r)
-        differentiate_row(b, head, i + r, row + r, block, score_ + r * ld_score_, score_grad_ + r * ld_score_);
+        differentiate_row(b, head, i + r, row + r, block, score_ + r * ld_score_, score_grad_ + r * ld_score_,
+                          kept_ + r * words_);
     } else {
-      const bool drops = s_.dropout_p > 0;
-      if (drops)
-        for (int64_t r = 0; r < count; ++r) dropout_.draw(kept_ + r * words_, block, position(b, head, i + r));
       P::multiply(count, block.padded, s_.dim, query, keys_by_dim_, score_, ld_score_, false, prefetcher_,
                   Weights<F>{broadcast(F(s_.scale) * kLog2E<F>), shift_ + row, block.count});
       P::multiply(count, block.padded, s_.value_dim, out_grad, values_by_dim_, score_grad_, ld_score_, false, prefetcher_,
@@ -240,19 +240,17 @@ class Backward {
                 prefetcher_);
   }
 
-  int64_t position(int64_t b, int64_t head, int64_t i) const { return (b * s_.heads + head) * s_.queries + first_ + i; }
-
   // scores -> the weights D (1 - p), gradient of D -> gradient of x, in place.
-  void differentiate_row(int64_t b, int64_t head, int64_t i, int64_t row, const KeyBlock& block, F* score, F* grad) {
+  void differentiate_row(int64_t b, int64_t head, int64_t i, int64_t row, const KeyBlock& block, F* score, F* grad,
+                         const uint64_t* kept) {
     const int64_t query = first_ + i;
     const bool drops = s_.dropout_p > 0;
     if (s_.mask.data) load_bias(bias_, s_.mask, block, b, head, query);
-    if (drops) dropout_.draw(kept_, block, position(b, head, i));
     if (d_.weights) {
       const F* weights = static_cast<const F*>(d_.weights) + (b * s_.queries + query) * s_.keys;
       for (int64_t j = 0; j < block.count; ++j) grad[j] += weights[j] / F(s_.heads);
     }
-    if (drops) drop_row(grad, block.padded, kept_, keep_scale_);
+    if (drops) drop_row(grad, block.padded, kept, keep_scale_);
     const int64_t visible = visible_keys(s_, block, query);
     F factor = F(s_.scale) * kLog2E<F>;
     if (s_.mask.data || visible < block.count) {
@@ -277,7 +275,7 @@ class Backward {
     }
     for (int64_t j = block.count; j < block.padded; ++j) score[j] = grad[j] = F(0);
     if (d_.mask) store_mask_grad(b, head, query, block, grad);
-    if (drops) drop_row(score, block.padded, kept_, F(1));
+    if (drops) drop_row(score, block.padded, kept, F(1));
   }
 
   void store_mask_grad(int64_t b, int64_t head, int64_t query, const KeyBlock& block, const F* grad) const {

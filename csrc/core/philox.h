@@ -119,6 +119,18 @@ inline void for_random_words(const PhiloxKeys& keys, uint64_t first, int64_t cou
   run(std::integral_constant<int, 1>{});
 }
 
+// Bit i: whether the low half of lane i is at least `threshold`.
+inline uint64_t lanes_at_least(Vec<uint64_t> x, uint32_t threshold) {
+  const Vec<uint64_t> low = x & 0xffffffff;
+#if defined(__AVX512F__)
+  return _mm512_cmpge_epu64_mask((__m512i)low, _mm512_set1_epi64(threshold));
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < kLanes<uint64_t>; ++i) bits |= uint64_t(low[i] >= threshold) << i;
+  return bits;
+#endif
+}
+
 }  // namespace detail
 
 // The words of blocks [first, first + count) of stream `seed`, 64 each.
@@ -151,6 +163,28 @@ inline void random_bits(const PhiloxKeys& keys, uint64_t first, int64_t count, u
 #endif
     bits[b] |= kept << (16 * w + lane);
   });
+}
+
+// The same for the first `words` <= 16 words of every stride-th block: `rows` blocks from `first` on, bits `ld` apart. Draws
+// nothing but these, where random_bits would draw 64 for each row.
+inline void random_bits_of_rows(const PhiloxKeys& keys, uint64_t first, int64_t stride, int64_t rows, int words,
+                                uint32_t threshold, uint64_t* bits, int64_t ld) {
+  using U = Vec<uint64_t>;
+  constexpr int n = kLanes<uint64_t>, kVectors = 4, kCounters = 32;
+  uint64_t counters[kCounters] = {};  // of as many rows as fit, row after row
+  const int together = kCounters / words;
+  for (int i = 0; i < together * words; ++i) counters[i] = uint64_t(i / words * stride * 16 + i % words);
+  for (int64_t r = 0; r < rows; r += together) {
+    uint64_t kept = 0;
+    for (int i = 0; i < kCounters; i += kVectors * n) {
+      U counter[kVectors], word[kVectors][4];
+      IUMAD_UNROLL for (int v = 0; v < kVectors; ++v) counter[v] =
+          load(counters + i + v * n) + 16 * (first + uint64_t(r * stride));
+      detail::philox(keys, counter, word);
+      IUMAD_UNROLL for (int v = 0; v < kVectors; ++v) kept |= detail::lanes_at_least(word[v][0], threshold) << (i + v * n);
+    }
+    for (int64_t i = r; i < r + together && i < rows; ++i, kept >>= words) bits[i * ld] = kept & ((uint64_t(1) << words) - 1);
+  }
 }
 
 // The lanes of x whose bit is set, 0 in the others: lane i goes with bit i.

@@ -157,7 +157,7 @@ inline void drop_row(F* row, int64_t padded, const uint64_t* kept, F factor) {
 template <class F, int n>
 inline void zero_beyond(int64_t count, int64_t j, Vec<F> (&x)[n]) {
   if (j + n * kLanes<F> <= count) return;
-  for (int v = 0; v < n; ++v) x[v] = first_lanes<F>(count - j - v * kLanes<F>) ? x[v] : Vec<F>{};
+  IUMAD_UNROLL for (int v = 0; v < n; ++v) x[v] = first_lanes<F>(count - j - v * kLanes<F>) ? x[v] : Vec<F>{};
 }
 
 // Largest squared length of a row of a block. NaN counts as 0.

@@ -96,8 +96,8 @@ class Backward {
         score_(scratch_.take<F>(score_rows() * ld_score_)),
         score_grad_(scratch_.take<F>(score_rows() * ld_score_)),
         query_grad_(scratch_.take<F>(rows_ * ld_query_grad_)),
-        key_grad_(scratch_.take<F>(dim_ * ld_score_)),
-        value_grad_(scratch_.take<F>(value_dim_ * ld_score_)),
+        key_grad_(scratch_.take<F>(sums_size(dim_))),
+        value_grad_(scratch_.take<F>(sums_size(value_dim_))),
         row_(scratch_.take<F>((keys_ > plan_.chunk ? keys_ : plan_.chunk) * ld_row_)),
         delta_(scratch_.take<F>(rows_)),
         shift_(scratch_.take<F>(rows_)),
@@ -123,6 +123,9 @@ class Backward {
  private:
   int64_t score_rows() const { return round_up(plan_.row_block, P::kStep); }
 
+  // Gradients of a block of keys or values, kept as [key][feature] where kFreeColumns, else as [feature][key].
+  int64_t sums_size(int64_t dim) const { return P::kFreeColumns ? keys_ * ld_row_ : dim * ld_score_; }
+
   int64_t bytes() const {
     const int64_t row_block_keys = P::buffer_size(plan_.row_block, keys_);
     return Scratch::bytes<T>(rows_ * ld_query_) + Scratch::bytes<T>(rows_ * ld_value_) +
@@ -131,7 +134,7 @@ class Backward {
            Scratch::bytes<T>(P::buffer_size(keys_, dim_)) + Scratch::bytes<T>(P::transposed_size(dim_, keys_)) +
            Scratch::bytes<T>(P::transposed_size(value_dim_, keys_)) + Scratch::bytes<T>(row_block_keys) +
            2 * Scratch::bytes<F>(score_rows() * ld_score_) + Scratch::bytes<F>(rows_ * ld_query_grad_) +
-           Scratch::bytes<F>(dim_ * ld_score_) + Scratch::bytes<F>(value_dim_ * ld_score_) +
+           Scratch::bytes<F>(sums_size(dim_)) + Scratch::bytes<F>(sums_size(value_dim_)) +
            Scratch::bytes<F>((keys_ > plan_.chunk ? keys_ : plan_.chunk) * ld_row_) + 2 * Scratch::bytes<F>(rows_) +
            Scratch::bytes<F>(keys_) + Scratch::bytes<uint64_t>(score_rows() * words_);
   }
@@ -167,14 +170,14 @@ class Backward {
       keys_by_dim_ = P::right_from_columns(key_, ld_query_, block.padded, dim_, key_columns_);
       values_by_dim_ = P::right_from_columns(value_, ld_value_, block.padded, value_dim_, value_columns_);
       if (s_.causal) {  // the first queries do not see all keys, so the sums do not begin with theirs
-        std::memset(key_grad_, 0, size_t(dim_ * ld_score_) * sizeof(F));
-        std::memset(value_grad_, 0, size_t(value_dim_ * ld_score_) * sizeof(F));
+        std::memset(key_grad_, 0, size_t(sums_size(dim_)) * sizeof(F));
+        std::memset(value_grad_, 0, size_t(sums_size(value_dim_)) * sizeof(F));
       }
       for (int64_t g = 0; g < s_.group(); ++g)
         for (int64_t i = 0; i < count_; i += plan_.row_block)
           attend(b, key_head * s_.group() + g, i, g * plan_.chunk + i, block, query_columns, out_grad_columns);
-      store_columns(key_grad_, dim_, s_.dim, block, with_part(d_.key, d_.key_part), b, key_head, F(s_.scale));
-      store_columns(value_grad_, value_dim_, s_.value_dim, block, with_part(d_.value, d_.value_part), b, key_head, keep_scale_);
+      store_sums(key_grad_, dim_, s_.dim, block, with_part(d_.key, d_.key_part), b, key_head, F(s_.scale));
+      store_sums(value_grad_, value_dim_, s_.value_dim, block, with_part(d_.value, d_.value_part), b, key_head, keep_scale_);
     }
     for (int64_t g = 0; g < s_.group(); ++g)
       store_rows(query_grad_ + g * plan_.chunk * ld_query_grad_, ld_query_grad_,
@@ -229,12 +232,18 @@ class Backward {
     }
 
     const bool accumulate = s_.causal || row > 0;
-    const auto weights = P::right_from_scores(score_, ld_score_, count, block.padded, score_form_);
-    P::multiply(s_.value_dim, block.padded, count, out_grad_columns.from_depth(row), weights, value_grad_, ld_score_, accumulate,
-                prefetcher_);
-    const auto columns = P::right_from_scores(score_grad_, ld_score_, count, block.padded, score_form_);
-    P::multiply(s_.dim, block.padded, count, query_columns.from_depth(row), columns, key_grad_, ld_score_, accumulate,
-                prefetcher_);
+    // Adds up scores^T rows over the queries.
+    const auto add = [&](const F* scores, const T* rows, int64_t ld, typename P::Left columns, int64_t dim, F* grad) {
+      if constexpr (P::kFreeColumns) {
+        P::multiply(block.count, dim, count, P::left_from_columns(scores, ld_score_, count, block.padded, nullptr),
+                    P::right_from_rows(rows, ld, count, dim, nullptr), grad, ld_row_, accumulate, prefetcher_);
+      } else {
+        const auto right = P::right_from_scores(scores, ld_score_, count, block.padded, score_form_);
+        P::multiply(dim, block.padded, count, columns, right, grad, ld_score_, accumulate, prefetcher_);
+      }
+    };
+    add(score_, out_grad_ + row * ld_value_, ld_value_, out_grad_columns.from_depth(row), s_.value_dim, value_grad_);
+    add(score_grad_, query_ + row * ld_query_, ld_query_, query_columns.from_depth(row), s_.dim, key_grad_);
     const auto rows = P::left_from_scores(score_grad_, ld_score_, count, block.padded, score_form_);
     P::multiply(count, dim_, block.count, rows, key_rows_, query_grad_ + row * ld_query_grad_, ld_query_grad_, block.first > 0,
                 prefetcher_);
@@ -289,11 +298,14 @@ class Backward {
     }
   }
 
-  // src[feature][key] of the block into the gradient of keys or values.
-  void store_columns(const F* src, int64_t padded_dim, int64_t dim, const KeyBlock& block, const HeadView& target, int64_t b,
-                     int64_t key_head, F factor) {
-    transpose_rows(row_, ld_row_, src, ld_score_, padded_dim, block.padded);
-    store_rows(row_, ld_row_, rows_of(target, b, key_head, block.first, block.count, dim), [&](int64_t) { return factor; });
+  // What `attend` added up over the block, into the gradient of keys or values.
+  void store_sums(const F* sums, int64_t padded_dim, int64_t dim, const KeyBlock& block, const HeadView& target, int64_t b,
+                  int64_t key_head, F factor) {
+    if constexpr (!P::kFreeColumns) {
+      transpose_rows(row_, ld_row_, sums, ld_score_, padded_dim, block.padded);
+      sums = row_;
+    }
+    store_rows(sums, ld_row_, rows_of(target, b, key_head, block.first, block.count, dim), [&](int64_t) { return factor; });
   }
 
   const CrossAttention& s_;

@@ -6,6 +6,7 @@
 //   Operand       element type of the blocks: load_rows<Operand> makes them
 //   kStep         columns of every block are allocated and zero-filled up to a multiple of this, rows up to one of kRowStep
 //   kTileRows     a number of rows that divides into whole register tiles
+//   kFreeColumns  whether left_from_columns reads the block itself, so that scores can be a left operand by columns too
 //   Left, Right   an operand in the form in which `multiply` reads it; *_from_* make one out of a block, into a buffer of `size`
 //                 elements where the form differs (Dense reads the block itself and leaves the buffer alone)
 //   prefetcher    is told of the work done, in multiplications, tile by tile
@@ -82,6 +83,7 @@ struct Dense {
   using Compute = F;
   using Operand = F;
   static constexpr int64_t kStep = kLanes<F>, kRowStep = 4, kTileRows = 24;
+  static constexpr bool kFreeColumns = true;
 
   struct Left {
     const F* data;

@@ -15,6 +15,7 @@ struct Bf16Pairs {
   using Operand = BFloat16;
   // The depth of a tile, and twice its rows and columns: multiply takes tiles 2 x 2.
   static constexpr int64_t kStep = 32, kRowStep = 32, kTileRows = 32;
+  static constexpr bool kFreeColumns = false;
 
   struct Left {
     const BFloat16* data;

@@ -43,9 +43,9 @@ struct Exponentials {
 #pragma GCC unroll 4
     for (int v = 0; v < n; ++v) total += x[v];
     store<F>(sum + i * kLanes<F>, total);
-    if (kept)
-#pragma GCC unroll 4
-      for (int v = 0; v < n; ++v) x[v] = without_dropped<F>(kept + i * words, j + v * kLanes<F>, x[v]);
+    if (kept) {
+      IUMAD_UNROLL for (int v = 0; v < n; ++v) x[v] = without_dropped<F>(kept + i * words, j + v * kLanes<F>, x[v]);
+    }
   }
 };
 

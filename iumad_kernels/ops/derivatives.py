@@ -41,15 +41,19 @@ def gradient_op(name: str) -> Callable[..., Any]:
     return call
 
 
-def transformed() -> bool:
-    """Whether the call is inside vmap, where tensors do not tell whether they require gradients."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def recorded() -> bool:
+    """Whether torch compiles, traces (torch.jit.trace) or maps (vmap) the call: then it has to see the registered op."""
+    return (
+        torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
+    )
 
 
 def may_need_gradients(*tensors: Tensor | None) -> bool:
-    """Whether an op has to keep what its backward reads."""
+    """Whether an op has to keep what its backward reads. Inside vmap tensors do not tell whether they require gradients."""
     required = any(t is not None and t.requires_grad for t in tensors)
-    return torch.is_grad_enabled() and (required or transformed())
+    if not required and not torch.compiler.is_compiling():
+        required = torch._C._are_functorch_transforms_active()
+    return required and torch.is_grad_enabled()
 
 
 def differentiable_op(
@@ -71,7 +75,7 @@ def differentiable_op(
         backward = staticmethod(backward_fn)
 
     def call(*inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or transformed():  # they have to see the registered op
+        if recorded():
             return op(*inputs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             return Eager.apply(*inputs)

@@ -12,7 +12,7 @@ from torch import Tensor
 from iumad_kernels import reference
 from iumad_kernels.backend import implement, select
 from iumad_kernels.ops.checks import FLOATING, check_floating
-from iumad_kernels.ops.derivatives import gradient_op, may_need_gradients, transformed
+from iumad_kernels.ops.derivatives import gradient_op, may_need_gradients, recorded
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")  # as numbered by Reduction in csrc/torch/kl_bottleneck.cpp
 _STATS = 9  # kKLStats in csrc/core/kl_bottleneck.h: what backward needs of a row
@@ -405,7 +405,7 @@ def _keep(ctx: Any, flags: tuple[Any, ...], *tensors: Tensor | None) -> None:
 def _run(op: Any, function: Any, p: Tensor, q: Tensor, *rest: Any) -> Any:
     """The op's losses, without its statistics."""
     needs_grad = may_need_gradients(p, q)
-    if needs_grad and not torch.compiler.is_compiling() and not transformed():
+    if needs_grad and not recorded():
         return function.apply(p, q, *rest)
     *losses, _ = op(p, q, *rest, needs_grad)
     return losses[0] if len(losses) == 1 else losses

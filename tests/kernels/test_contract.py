@@ -124,6 +124,16 @@ def test_vmap(name: str) -> None:
 
 
 @every_op
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_trace_holds_the_op(name: str) -> None:
+    """torch.jit.trace, and what exports by it, records ops of torch.ops.iumad although the tensors require gradients."""
+    # Not checked against a second trace: that is made without gradients, and flags tell an op whether to keep what they read.
+    traced = torch.jit.trace(OPS[name][0], tuple(leaves(name)), check_trace=False)
+    assert "iumad::" in str(traced.graph)
+    torch.testing.assert_close(total(traced(*leaves(name))), total(OPS[name][0](*leaves(name))))
+
+
+@every_op
 def test_shapes_without_data(name: str) -> None:
     """Fake tensors give the shapes, dtypes and strides of the real results."""
     from torch._subclasses.fake_tensor import FakeTensorMode

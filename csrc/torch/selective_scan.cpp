@@ -51,8 +51,7 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_las
                    const std::optional<Tensor>& z, const std::optional<Tensor>& delta_bias, const Tensor& tile_states,
                    int64_t scheme, int64_t step, bool delta_softplus, bool has_initial_state) {
   SelectiveScan s = describe(u, delta, A, B, C, D, z, delta_bias, scheme, step, delta_softplus);
-  STD_TORCH_CHECK(tile_states.dim() > 1, "selective_scan_backward: the forward pass has to be called with save_states=True");
-  s.tile_states = tile_states.data_ptr();
+  s.tile_states = saved_states(tile_states);
   const SelectiveScanKernels& kernels = selective_scan_kernels();
   const bool sequence = is_sequence(u);
   const int64_t parts = kernels.backward_parts(s);

@@ -88,6 +88,11 @@ inline Shape per_batch(const SelectiveScan& s, bool sequence, const Shape& rest)
 }
 inline Shape state_shape(const SelectiveScan& s, bool sequence) { return per_batch(s, sequence, {s.dim, s.states}); }
 
+inline void* saved_states(const Tensor& tile_states) {
+  STD_TORCH_CHECK(tile_states.dim() > 1, "selective_scan_backward: the forward pass has to be called with save_states=True");
+  return tile_states.data_ptr();
+}
+
 inline ScalarType compute_type(const SelectiveScan& s) { return s.is_double ? ScalarType::Double : ScalarType::Float; }
 
 // Directions that meet at a pixel add up there; 16-bit results are added up in float32 and rounded once.

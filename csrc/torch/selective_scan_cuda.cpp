@@ -53,8 +53,7 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_las
   const CudaContext cuda(u);
   const Tensor B_read = projection(B, u), C_read = projection(C, u);
   SelectiveScan s = describe(u, delta, A, B_read, C_read, D, z, delta_bias, scheme, step, delta_softplus);
-  STD_TORCH_CHECK(tile_states.dim() > 1, "selective_scan_backward: the forward pass has to be called with save_states=True");
-  s.tile_states = tile_states.data_ptr();
+  s.tile_states = saved_states(tile_states);
   const bool sequence = is_sequence(u);
   const int lanes = cuda::selective_scan_lanes(s, cuda.multiprocessors);
   const int64_t K = s.order.directions(), parts = cuda::selective_scan_parts(s, lanes);

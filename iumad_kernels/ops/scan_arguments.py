@@ -57,3 +57,10 @@ def parameter(p: Tensor, dtype: torch.dtype) -> Tensor:
     """A parameter as the kernels read it: in the compute dtype, contiguous."""
     p = p if p.dtype == dtype else p.to(dtype)  # without a call into torch where nothing changes
     return p if p.is_contiguous() else p.contiguous()
+
+
+def adjacent(p: Tensor, dim: int) -> Tensor:
+    """``p`` with stride 1 in a dimension, copied where it has not: the kernels read a token's states in one piece."""
+    if p.stride(dim) == 1 or p.shape[dim] == 1:
+        return p
+    return p.movedim(dim, -1).contiguous().movedim(-1, dim)

@@ -15,6 +15,7 @@ from iumad_kernels.ops.checks import check_floating, check_shape
 from iumad_kernels.ops.derivatives import differentiable_op, gradient_op, may_need_gradients
 from iumad_kernels.ops.scan_arguments import (
     SCHEMES,
+    adjacent,
     check_groups,
     check_parameters,
     compute_dtype,
@@ -125,12 +126,8 @@ def selective_scan(
 
 
 def _projection(p: Tensor, compute: torch.dtype) -> Tensor:
-    """B or C: the kernels read constant ones as parameters, others with the states of a token side by side."""
-    if p.dim() == 2:
-        return parameter(p, compute)
-    if p.stride(-2) == 1 or p.shape[-2] == 1:
-        return p
-    return p.transpose(-1, -2).contiguous().transpose(-1, -2)
+    """B or C as the kernels read them: constant ones are parameters."""
+    return parameter(p, compute) if p.dim() == 2 else adjacent(p, -2)
 
 
 def scan(

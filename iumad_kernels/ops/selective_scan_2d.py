@@ -9,6 +9,7 @@ from iumad_kernels.backend import implement, select
 from iumad_kernels.ops.checks import check_floating, check_shape
 from iumad_kernels.ops.scan_arguments import (
     SCHEMES,
+    adjacent,
     check_groups,
     check_parameters,
     compute_dtype,
@@ -129,5 +130,4 @@ def _grid_projection(p: Tensor) -> Tensor:
         p = p[:, None, None]
     elif p.dim() == 5:
         p = p.unsqueeze(2)
-    p = p.movedim(3, -1)
-    return p if p.stride(-1) == 1 or p.shape[-1] == 1 else p.contiguous()
+    return adjacent(p.movedim(3, -1), -1)

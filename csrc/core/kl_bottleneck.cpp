@@ -209,9 +209,36 @@ void add_cross_entropy(F* dst, const F* row, F max, F scale, double factor, cons
   dst[r.label] -= F(factor);
 }
 
+// Gradients of more bytes than this are gone from a core's share of the caches before anybody reads them.
+constexpr int64_t kStreamedBytes = 8 << 20;
+
+template <class F>
+bool are_streamed(const KLBottleneck& k, const KLGradients& d) {
+  return k.rows * k.classes * int64_t(sizeof(F)) * ((d.p.data != nullptr) + (d.q.data != nullptr)) > kStreamedBytes;
+}
+
+// Vectors of a row of gradients on their way to memory.
+template <class F>
+class RowWriter {
+ public:
+  RowWriter(F* row, bool streamed, int64_t label)
+      : row_(row), streamed_(streamed && reinterpret_cast<uintptr_t>(row) % kVectorBytes == 0), label_(label) {}
+
+  void operator()(int64_t i, Vec<F> v, int64_t lanes) const {
+    if (lanes < kLanes<F>) return store_part<F>(row_ + i, v, lanes);
+    // The vector with the label's class is changed again.
+    streamed_ && uint64_t(label_ - i) >= uint64_t(lanes) ? stream<F>(row_ + i, v) : store<F>(row_ + i, v);
+  }
+
+ private:
+  F* row_;
+  bool streamed_;
+  int64_t label_;
+};
+
 template <class F, bool kNeedP, bool kNeedQ>
 void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>& r, const RowStats<F>& s, double gradient, F* dp,
-                  F* dq) {
+                  F* dq, bool streamed) {
   using V = Vec<F>;
   const V pm = broadcast(s.p_max), qm = broadcast(s.q_max), c = broadcast(F(kLog2E<double> / k.temperature));
   const V one_p = broadcast(s.p_scale), one_q = broadcast(s.q_scale);
@@ -222,9 +249,8 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
   const double p_ce = share ? d.p_cross_entropy : 0, q_ce = share ? d.q_cross_entropy : 0;
   const auto exp_p = [&](V x, int64_t i) { return r.exp_p ? load(r.exp_p + i) : exp2_product<F>(x, c); };
   const auto exp_q = [&](V y, int64_t i) { return r.exp_q ? load(r.exp_q + i) : exp2_product<F>(y, c); };
-  const auto put = [](F* dst, int64_t i, V v, int64_t lanes) {
-    lanes == kLanes<F> ? store<F>(dst + i, v) : store_part<F>(dst + i, v, lanes);
-  };
+  if (r.label >= 0 && !share) streamed = false;  // cross-entropies are added in a second pass
+  const RowWriter<F> put_p(dp, streamed, r.label), put_q(dq, streamed, r.label);
 
   if (k.beta == 0) {
     const double log_ratio = s.q_scale > 0 && s.p_scale > 0 ? __builtin_log(double(s.q_scale) / double(s.p_scale)) : 0;
@@ -236,8 +262,8 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
       x -= pm;
       y -= qm;
       const V p = exp_p(x, i) * one_p;
-      if constexpr (kNeedP) put(dp, i, p * fma(a, zero_where_dead<F>(x, zero_where_dead<F>(y, x - y)), b), lanes);
-      if constexpr (kNeedQ) put(dq, i, fma(exp_q(y, i) * one_q, e, -p * f), lanes);
+      if constexpr (kNeedP) put_p(i, p * fma(a, zero_where_dead<F>(x, zero_where_dead<F>(y, x - y)), b), lanes);
+      if constexpr (kNeedQ) put_q(i, fma(exp_q(y, i) * one_q, e, -p * f), lanes);
     });
   } else {
     const Mixture<F> mixture(k.beta);
@@ -252,11 +278,11 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
       const V log_p = x * t - p_log, log_q = y * t - q_log, log_m = mixture.log_m(log_p, log_q);
       if constexpr (kNeedP) {
         const V p = exp_p(x, i) * one_p;
-        put(dp, i, p * fma(a, zero_where_dead<F>(x, log_p - log_m - b), p_add), lanes);
+        put_p(i, p * fma(a, zero_where_dead<F>(x, log_p - log_m - b), p_add), lanes);
       }
       if constexpr (kNeedQ) {
         const V q = exp_q(y, i) * one_q;
-        put(dq, i, q * fma(e, zero_where_dead<F>(y, log_q - log_m - f), q_add), lanes);
+        put_q(i, q * fma(e, zero_where_dead<F>(y, log_q - log_m - f), q_add), lanes);
       }
     });
   }
@@ -273,53 +299,58 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
 
 template <class F>
 void put_gradients(const KLBottleneck& k, const KLGradients& d, RowReader<F>& reader, int64_t row, RowPair<F> r,
-                   const RowStats<F>& stats) {
+                   const RowStats<F>& stats, bool streamed) {
   const auto run =
       d.p.data ? (d.q.data ? backward_row<F, true, true> : backward_row<F, true, false>) : backward_row<F, false, true>;
   if (reader.taken == 0) r.label = -1;
   F* dp = d.p.data ? row_target<F>(d.p, row, reader.dp) : nullptr;
   F* dq = d.q.data ? row_target<F>(d.q, row, reader.dq) : nullptr;
   const double gradient = double(static_cast<const F*>(d.divergence)[row * d.divergence_stride]) * d.divergence_scale;
-  run(k, d, r, stats, gradient, dp, dq);
+  run(k, d, r, stats, gradient, dp, dq, streamed);
   if (dp) write_row<F>(d.p, row, k.classes, dp);
   if (dq) write_row<F>(d.q, row, k.classes, dq);
 }
 
 // What lies ahead of a row that is not the last.
 template <class F>
-Ahead<F> ahead_of(const KLBottleneck& k, const KLGradients* d, int64_t row) {
+Ahead<F> ahead_of(const KLBottleneck& k, const KLGradients* d, int64_t row, bool streamed) {
   if (k.classes * int64_t(sizeof(F)) > Ahead<F>::kMostBytes) return {};
   const auto place = [](const RowsView& v, int64_t at) -> const F* {
     return v.data && is_plain<F>(v) ? static_cast<const F*>(v.data) + v.offset(at) : nullptr;
   };
-  return {place(k.p, row + 1), place(k.q, row + 1), d ? place(d->p, row) : nullptr, d ? place(d->q, row) : nullptr};
+  const bool stored = d && !streamed;
+  return {place(k.p, row + 1), place(k.q, row + 1), stored ? place(d->p, row) : nullptr, stored ? place(d->q, row) : nullptr};
 }
 
 template <class F>
 void forward(const KLBottleneck& k, KLRowLosses* losses, const KLGradients* d, int64_t begin, int64_t end) {
   RowReader<F> reader(k);
+  const bool streamed = d && are_streamed<F>(k, *d);
   for (int64_t row = begin; row < end; ++row) {
     RowStats<F> stats{};
     RowPair<F> r = reader.read(row);
     losses[row] = {};
     if (reader.taken > 0) {
       r.exp_p = reader.exp_p, r.exp_q = reader.exp_q;
-      losses[row] = forward_row<F>(k, r, row + 1 < end ? ahead_of<F>(k, d, row) : Ahead<F>{}, stats);
+      losses[row] = forward_row<F>(k, r, row + 1 < end ? ahead_of<F>(k, d, row, streamed) : Ahead<F>{}, stats);
     }
     losses[row].taken = double(reader.taken);
     stats.taken = F(reader.taken);
     if (k.stats) static_cast<RowStats<F>*>(k.stats)[row] = stats;
-    if (d) put_gradients<F>(k, *d, reader, row, r, stats);
+    if (d) put_gradients<F>(k, *d, reader, row, r, stats, streamed);
   }
+  if (streamed) end_streaming();
 }
 
 template <class F>
 void backward(const KLBottleneck& k, const KLGradients& d, int64_t begin, int64_t end) {
   RowReader<F> reader(k);
+  const bool streamed = are_streamed<F>(k, d);
   for (int64_t row = begin; row < end; ++row) {
     const RowPair<F> r = reader.read(row);
-    put_gradients<F>(k, d, reader, row, r, static_cast<const RowStats<F>*>(k.stats)[row]);
+    put_gradients<F>(k, d, reader, row, r, static_cast<const RowStats<F>*>(k.stats)[row], streamed);
   }
+  if (streamed) end_streaming();
 }
 
 void run_forward(const KLBottleneck& k, KLRowLosses* losses, const KLGradients* d, int64_t begin, int64_t end) {

@@ -61,6 +61,25 @@ inline void store(F* p, Vec<F> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// Stores past the caches, which keeps what is in them and spares memory the reading of what is overwritten: for results too large
+// to be found in a cache again. `p` is aligned to a vector; end_streaming() before other threads read.
+template <class F>
+inline void stream(F* p, Vec<F> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#else
+  store<F>(p, v);
+#endif
+}
+
+inline void end_streaming() {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // a * b + c; one rounding where the instruction set has FMA (these files are compiled with -ffp-contract=fast).
 template <class V>
 inline V fma(V a, V b, V c) {

@@ -175,11 +175,6 @@ inline Vec<F> sqrt(Vec<F> x) {
 #endif
 }
 
-template <class F>
-inline Vec<F> abs(Vec<F> x) {
-  return x < Vec<F>{} ? -x : x;
-}
-
 // 1 / (1 + e^-x) without overflow on either side.
 template <class F>
 inline Vec<F> sigmoid(Vec<F> x) {
@@ -192,7 +187,7 @@ inline Vec<F> sigmoid(Vec<F> x) {
     return fma(guess, error, guess);
   }
 #endif
-  const V e = exp<F>(-abs<F>(x));
+  const V e = exp<F>(minus_abs<F>(x));
   const V one = broadcast(F(1));
   return (x < V{} ? e : one) * reciprocal_near_one<F>(one + e);
 }
@@ -207,7 +202,7 @@ template <class F>
 inline Softplus<F> softplus(Vec<F> x, Vec<F> e) {
   using V = Vec<F>;
   const V zero{}, one = broadcast(F(1)), threshold = broadcast(F(20));
-  const V value = log1p_unit(e) + (x < zero ? zero : x);
+  const V value = log1p_unit(e) + larger<F>(zero, x);
   const V derivative = (x < zero ? e : one) * reciprocal_near_one<F>(one + e);
   return {x > threshold ? x : value, x > threshold ? one : derivative};
 }

@@ -174,18 +174,26 @@ __attribute__((noinline)) void prepare(const SelectiveScan& s, int64_t k, const 
     delta = {m.delta, kDTypeOf<F>, m.dense};
   }
   const Vec<F> bias = load_channels<F>(s.delta_bias, s, k, b), skip = load_channels<F>(s.D, s, k, b);
-  for (int t = 0; t < tile.tokens.count; ++t) {
-    const Vec<F> x = delta[t] + bias;
-    store<F>(p.dt + t * V, x);
-    if (s.delta_softplus) store<F>(p.dtu + t * V, exp<F>(-abs<F>(x)));
-  }
-  for (int t = 0; t < tile.tokens.count; ++t) {
-    const Vec<F> ut = u[t], x = load(p.dt + t * V);
-    const Vec<F> dt = s.delta_softplus ? softplus<F>(x, load(p.dtu + t * V)).value : x;
-    store<F>(p.dt + t * V, dt);
-    store<F>(p.dtu + t * V, dt * ut);
-    store<F>(p.y + t * V, skip * ut);
-  }
+  // Several tokens at a time, for the softplus is a single long chain.
+  const auto prepare_from = [&](int t, auto tokens) {
+    constexpr int kTokens = decltype(tokens)::value;
+    Vec<F> dt[kTokens];
+    IUMAD_UNROLL for (int i = 0; i < kTokens; ++i) dt[i] = delta[t + i] + bias;
+    if (s.delta_softplus) {
+      Vec<F> e[kTokens];
+      IUMAD_UNROLL for (int i = 0; i < kTokens; ++i) e[i] = exp<F>(minus_abs<F>(dt[i]));
+      IUMAD_UNROLL for (int i = 0; i < kTokens; ++i) dt[i] = softplus<F>(dt[i], e[i]).value;
+    }
+    IUMAD_UNROLL for (int i = 0; i < kTokens; ++i) {
+      const Vec<F> ut = u[t + i];
+      store<F>(p.dt + (t + i) * V, dt[i]);
+      store<F>(p.dtu + (t + i) * V, dt[i] * ut);
+      store<F>(p.y + (t + i) * V, skip * ut);
+    }
+  };
+  int t = 0;
+  for (; t + 4 <= tile.tokens.count; t += 4) prepare_from(t, std::integral_constant<int, 4>{});
+  for (; t < tile.tokens.count; ++t) prepare_from(t, std::integral_constant<int, 1>{});
 }
 
 // y times silu(z).

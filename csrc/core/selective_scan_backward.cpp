@@ -149,7 +149,7 @@ void finish_delta(F* dt, F* slope, const SelectiveScan& s, int count, Vec<F> bia
   for (int t = 0; t < count; ++t) {
     const Vec<F> x = load(dt + t * V) + bias;
     store<F>(dt + t * V, x);
-    if (s.delta_softplus) store<F>(slope + t * V, exp<F>(-abs<F>(x)));
+    if (s.delta_softplus) store<F>(slope + t * V, exp<F>(minus_abs<F>(x)));
   }
   for (int t = 0; t < count; ++t) {
     const Vec<F> x = load(dt + t * V);

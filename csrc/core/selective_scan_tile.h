@@ -111,7 +111,7 @@ class Prefetch {
  public:
   Prefetch(const TileView& v, const ChannelBlock& b) : block_(v.data ? v.block(b) : nullptr), line_(v.line) {}
   __attribute__((always_inline)) void operator()(int t) const {
-    if (block_ != nullptr) __builtin_prefetch(block_ + line_[t], kForWriting);
+    if (block_ != nullptr) __builtin_prefetch(block_ + line_[t], 0, 2);
   }
 
  private:

@@ -86,6 +86,23 @@ inline V fma(V a, V b, V c) {
   return a * b + c;
 }
 
+// The larger lanes; b where either is NaN.
+template <class F>
+inline Vec<F> larger(Vec<F> a, Vec<F> b) {
+#if defined(__AVX512F__)  // against a constant g++ makes two instructions of the text below
+  if constexpr (sizeof(F) == 4) return (Vec<F>)_mm512_max_ps((__m512)a, (__m512)b);
+  if constexpr (sizeof(F) == 8) return (Vec<F>)_mm512_max_pd((__m512d)a, (__m512d)b);
+#endif
+  return a > b ? a : b;
+}
+
+// -|x|
+template <class F>
+inline Vec<F> minus_abs(Vec<F> x) {
+  using I = Vec<IntOf<F>>;
+  return (Vec<F>)((I)x | (I)broadcast(F(-0.0)));
+}
+
 template <class F>
 inline F sum_lanes(Vec<F> v) {
   constexpr int n = kLanes<F>;

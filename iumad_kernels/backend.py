@@ -2,7 +2,7 @@
 
 Four backends exist: ``cpu`` (C++), ``cuda`` (CUDA C++), ``triton``, and ``reference`` (plain PyTorch, any device).
 The choice follows the device of the tensors; ``with backend("reference"):`` or the environment variable
-``IUMAD_BACKEND`` overrides it.
+``IUMAD_BACKEND``, as it is when the package is imported, overrides it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _implemented: dict[str, set[str]] = {}  # op -> its backends on a CPU
 _torch_op: dict[str, str] = {}  # op -> the one of torch.ops.iumad its GPU kernels are looked up by
 _warned: set[tuple[str, str]] = set()
 _forced: str | None = None
+_environment = os.environ.get("IUMAD_BACKEND")  # once: a look into os.environ takes as long as all checks of a call
 
 
 class Choice(NamedTuple):
@@ -92,20 +93,15 @@ def backend_for(op: str, device: torch.device | str) -> Choice:
     kind = torch.device(device).type
     if _forced is not None:
         return Choice(_forced, "forced by iumad_kernels.backend")
-    if name := os.environ.get("IUMAD_BACKEND"):
-        return Choice(_check(name), "forced by the environment variable IUMAD_BACKEND")
+    if _environment:
+        return Choice(_check(_environment), "forced by the environment variable IUMAD_BACKEND")
     available, missing = _available(op, kind)
     return Choice(available[0], missing or f"the fastest for {kind}")
 
 
 def select(op: str, device: torch.device) -> str:
     """The backend to run now; says once when it is the slow reference although nobody asked for it."""
-    if (
-        _forced is None
-        and device.type == "cpu"
-        and "cpu" in _implemented[op]
-        and "IUMAD_BACKEND" not in os.environ
-    ):
+    if _forced is None and not _environment and device.type == "cpu" and "cpu" in _implemented[op]:
         return "cpu"  # the usual answer, without the words
     choice = backend_for(op, device)
     if choice.backend == "reference" and choice.reason.startswith("forced"):

@@ -261,7 +261,7 @@ def test_package_on_cuda(changes: dict[str, Any], used: bool, monkeypatch: pytes
     case |= {"installed": True} | changes
     module = SimpleNamespace(causal_conv1d_fn=object(), __spec__=object())
     monkeypatch.setitem(sys.modules, "causal_conv1d", module if case["installed"] else None)
-    monkeypatch.delenv("IUMAD_BACKEND", raising=False)
+    monkeypatch.setattr(sys.modules["iumad_kernels.backend"], "_environment", None)
     from iumad_kernels.ops import causal_conv1d as op
 
     if not case["installed"]:
@@ -288,7 +288,7 @@ def test_package_is_called_as_it_expects(case: str, monkeypatch: pytest.MonkeyPa
 
     module = SimpleNamespace(causal_conv1d_fn=package, __spec__=object())
     monkeypatch.setitem(sys.modules, "causal_conv1d", module)
-    monkeypatch.delenv("IUMAD_BACKEND", raising=False)
+    monkeypatch.setattr(sys.modules["iumad_kernels.backend"], "_environment", None)
     with FakeTensorMode():
         x = torch.empty(2, 24, 16, device="cuda").transpose(1, 2)
         weight, bias = torch.empty(16, 4, device="cuda"), torch.empty(16, device="cuda")

@@ -32,5 +32,7 @@ def test_environment_variable(value: str) -> None:
         assert "ValueError: unknown backend 'fast': one of cpu, cuda, triton, reference" in done.stderr
         return
     assert done.returncode == 0, done.stderr
-    chosen = "reference: forced by the environment variable IUMAD_BACKEND" if value else "cpu: the fastest for cpu"
+    chosen = (
+        "reference: forced by the environment variable IUMAD_BACKEND" if value else "cpu: the fastest for cpu"
+    )
     assert done.stdout.splitlines() == [chosen, "cpu"]

@@ -363,3 +363,22 @@ def test_backward_without_saved_statistics_is_refused() -> None:
     loss, _ = torch.ops.iumad.kl_divergence(p, q, None, 1.0, 0.0, 3, False)
     with pytest.raises(RuntimeError, match="save_stats=True"):
         loss.backward()
+
+
+@every_isa
+@every_beta
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("classes", [1600, 1003])
+def test_gradients_too_large_for_the_caches_have_the_same_bits(
+    isa: str, classes: int, reduction: str, beta: float
+) -> None:
+    """They are stored past them, row by row where the row starts at a vector; of 1003 floats few rows do."""
+    both = logits(2_300_000 // classes, classes)
+
+    def of_first_rows(rows: int) -> tuple[Tensor, ...]:
+        inputs = [t.detach()[:rows].requires_grad_() for t in both]
+        return torch.autograd.grad(kl_divergence(*inputs, beta=beta, reduction=reduction).sum(), inputs)
+
+    for many, few in zip(of_first_rows(len(both[0])), of_first_rows(9)):
+        assert many.isfinite().all()
+        assert torch.equal(many[:9], few)

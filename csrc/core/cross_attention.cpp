@@ -164,9 +164,9 @@ class Forward {
                                           drops ? kept_ : nullptr, words_};
     T* weights = P::rows_of_left(score_, score_form_);
     const int64_t ld = P::row_length_of_left(keys_);
-    P::multiply(count, block.padded, s_.dim, P::left_from_rows(query_ + row * ld_query_, ld_query_), key, weights, ld, false,
+    P::multiply(count, block.count, s_.dim, P::left_from_rows(query_ + row * ld_query_, ld_query_), key, weights, ld, false,
                 prefetcher_, exponentials);
-    P::multiply(count, value_dim_, block.count, P::left_from_rows(weights, ld), value, out_ + row * ld_out_, ld_out_, false,
+    P::multiply(count, s_.value_dim, block.count, P::left_from_rows(weights, ld), value, out_ + row * ld_out_, ld_out_, false,
                 prefetcher_);
   }
 
@@ -187,12 +187,12 @@ class Forward {
       block.count = visible;
       block.padded = round_up(visible, P::kStep);
     }
-    P::multiply(count, block.padded, s_.dim, P::left_from_rows(query_ + row * ld_query_, ld_query_), key, score_, ld_score_,
+    P::multiply(count, block.count, s_.dim, P::left_from_rows(query_ + row * ld_query_, ld_query_), key, score_, ld_score_,
                 false, prefetcher_);
     if (s_.dropout_p > 0) draw(b, head, i, count, block);
     for (int64_t r = 0; r < count; ++r) softmax_row(b, head, i + r, row + r, block, score_ + r * ld_score_, kept_ + r * words_);
     const auto left = P::left_from_scores(score_, ld_score_, count, block.padded, score_form_);
-    P::multiply(count, value_dim_, block.count, left, value, out_ + row * ld_out_, ld_out_, block.first > 0, prefetcher_);
+    P::multiply(count, s_.value_dim, block.count, left, value, out_ + row * ld_out_, ld_out_, block.first > 0, prefetcher_);
   }
 
   void softmax_row(int64_t b, int64_t head, int64_t i, int64_t row, const KeyBlock& block, F* score, const uint64_t* kept) {

@@ -219,15 +219,15 @@ class Backward {
     const bool drops = s_.dropout_p > 0;
     if (drops) dropout_.draw(kept_, words_, block, (b * s_.heads + head) * s_.queries + first_ + i, count);
     if (s_.mask.data || s_.causal || d_.weights) {
-      P::multiply(count, block.padded, s_.dim, query, keys_by_dim_, score_, ld_score_, false, prefetcher_);
-      P::multiply(count, block.padded, s_.value_dim, out_grad, values_by_dim_, score_grad_, ld_score_, false, prefetcher_);
+      P::multiply(count, block.count, s_.dim, query, keys_by_dim_, score_, ld_score_, false, prefetcher_);
+      P::multiply(count, block.count, s_.value_dim, out_grad, values_by_dim_, score_grad_, ld_score_, false, prefetcher_);
       for (int64_t r = 0; r < count; ++r)
         differentiate_row(b, head, i + r, row + r, block, score_ + r * ld_score_, score_grad_ + r * ld_score_,
                           kept_ + r * words_);
     } else {
-      P::multiply(count, block.padded, s_.dim, query, keys_by_dim_, score_, ld_score_, false, prefetcher_,
+      P::multiply(count, block.count, s_.dim, query, keys_by_dim_, score_, ld_score_, false, prefetcher_,
                   Weights<F>{broadcast(F(s_.scale) * kLog2E<F>), shift_ + row, block.count});
-      P::multiply(count, block.padded, s_.value_dim, out_grad, values_by_dim_, score_grad_, ld_score_, false, prefetcher_,
+      P::multiply(count, block.count, s_.value_dim, out_grad, values_by_dim_, score_grad_, ld_score_, false, prefetcher_,
                   ScoreGradients<F>{score_, ld_score_, delta_ + row, drops ? kept_ : nullptr, words_, broadcast(keep_scale_)});
     }
 
@@ -239,13 +239,13 @@ class Backward {
                     P::right_from_rows(rows, ld, count, dim, nullptr), grad, ld_row_, accumulate, prefetcher_);
       } else {
         const auto right = P::right_from_scores(scores, ld_score_, count, block.padded, score_form_);
-        P::multiply(dim, block.padded, count, columns, right, grad, ld_score_, accumulate, prefetcher_);
+        P::multiply(dim, block.count, count, columns, right, grad, ld_score_, accumulate, prefetcher_);
       }
     };
     add(score_, out_grad_ + row * ld_value_, ld_value_, out_grad_columns.from_depth(row), s_.value_dim, value_grad_);
     add(score_grad_, query_ + row * ld_query_, ld_query_, query_columns.from_depth(row), s_.dim, key_grad_);
     const auto rows = P::left_from_scores(score_grad_, ld_score_, count, block.padded, score_form_);
-    P::multiply(count, dim_, block.count, rows, key_rows_, query_grad_ + row * ld_query_grad_, ld_query_grad_, block.first > 0,
+    P::multiply(count, s_.dim, block.count, rows, key_rows_, query_grad_ + row * ld_query_grad_, ld_query_grad_, block.first > 0,
                 prefetcher_);
   }
 

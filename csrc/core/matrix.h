@@ -23,68 +23,22 @@ struct AsIs {
   void operator()(int64_t, int64_t, V (&)[n]) const {}
 };
 
-namespace detail {
-
-// A tile of kRows x (kVectors vectors) of C, held in registers for the whole depth. i, j: its place in C, for `finish`.
-// Flattened: one call that stays a call inside the loops would put all sums in memory.
-template <bool kAccumulate, class F, int kRows, int kVectors, class Finish>
-[[gnu::flatten]] inline void multiply_tile(int64_t depth, const F* a, int64_t a_row, int64_t a_depth, const F* b, int64_t ldb,
-                                           F* c, int64_t ldc, int64_t i, int64_t j, const Finish& finish) {
-  using V = Vec<F>;
-  V sum[kRows][kVectors];
-  // The pointer to a row is a new value at every row: the compiler would keep kRows of them at once, in vector registers.
-  F* row = c;
-  const auto next = [&] {
-    row += ldc;
-    asm("" : "+r"(row));
-  };
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = kAccumulate ? load(row + v * kLanes<F>) : V{};
-    if (kAccumulate) next();
-  }
-
-  // Three rows share a pointer (address = pointer + {0, 1, 2} strides), else the pointers do not fit the integer registers.
-  constexpr int kPointers = (kRows + 2) / 3;
-  const char* left[kPointers];
-  const int64_t row_bytes = a_row * int64_t(sizeof(F)), depth_bytes = a_depth * int64_t(sizeof(F));
-  for (int p = 0; p < kPointers; ++p) left[p] = reinterpret_cast<const char*>(a) + 3 * p * row_bytes;
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < depth; ++k) {
-    V right[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes<F>);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const V value = broadcast(*reinterpret_cast<const F*>(left[r / 3] + r % 3 * row_bytes));
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(value, right[v], sum[r][v]);
-    }
-    b += ldb;
-#pragma GCC unroll 8
-    for (int p = 0; p < kPointers; ++p) left[p] += depth_bytes;
-  }
-
-  row = c;
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    finish(i + r, j, sum[r]);
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store<F>(row + v * kLanes<F>, sum[r][v]);
-    next();
-  }
-}
-
-}  // namespace detail
-
+// What a register tile does with a unit of A, broadcast, and a vector of units of B. Here a unit is a number.
 template <class F>
-struct Dense {
-  using Compute = F;
-  using Operand = F;
-  static constexpr int64_t kStep = kLanes<F>, kRowStep = 4, kTileRows = 24;
-  static constexpr bool kFreeColumns = true;
+struct MultiplyAdd {
+  using Unit = F;
+  static constexpr int kTerms = 1;  // products of numbers per unit
+  static Vec<F> add(Vec<F> a, Vec<F> b, Vec<F> sum) { return fma(a, b, sum); }
+};
 
+// Products of blocks whose sums live in registers, of operands by unit: a block of A in any strides, vectors of a row of B. C holds
+// numbers of any type, sums that are accumulated of the compute type.
+template <class Product>
+class RegisterTiles {
+  using F = typename Product::Unit;
+  using V = Vec<F>;
+
+ public:
   struct Left {
     const F* data;
     int64_t row, depth;  // strides
@@ -95,6 +49,133 @@ struct Dense {
     int64_t depth;  // stride
     Right from_depth(int64_t k) const { return {data + k * depth, depth}; }
   };
+
+  // n is rounded up to whole vectors, `depth` counts units.
+  template <class C, class Finish>
+  static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, C* c, int64_t ldc, bool accumulate,
+                       Prefetcher& prefetcher, const Finish& finish) {
+    const int64_t depth_block = n <= 2 * kLanes<F> ? 256 : 128;  // keeps the panel of B that a column of tiles shares near
+    if constexpr (std::is_same_v<C, F>) {
+      for (; depth > depth_block; depth -= depth_block) {
+        multiply_part(m, n, depth_block, a, b, c, ldc, accumulate, prefetcher, AsIs{});
+        a = a.from_depth(depth_block), b = b.from_depth(depth_block);
+        accumulate = true;
+      }
+    }
+    multiply_part(m, n, depth, a, b, c, ldc, accumulate, prefetcher, finish);
+  }
+
+ private:
+  static constexpr int kMaxVectors = kVectorBytes == 64 ? 4 : 2;
+
+  template <class C, class Finish>
+  static void multiply_part(int64_t m, int64_t n, int64_t depth, Left a, Right b, C* c, int64_t ldc, bool accumulate,
+                            Prefetcher& prefetcher, const Finish& finish) {
+    const int64_t vectors = (n + kLanes<F> - 1) / kLanes<F>, panels = (vectors + kMaxVectors - 1) / kMaxVectors;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t first = vectors * panel / panels, count = vectors * (panel + 1) / panels - first, j = first * kLanes<F>;
+      const auto run = [&](auto width) {
+        constexpr int kVectors = decltype(width)::value;
+        if (!accumulate) return multiply_panel<kVectors, false>(m, depth, a, b.data + j, b.depth, c, ldc, j, prefetcher, finish);
+        if constexpr (std::is_same_v<C, F>)
+          multiply_panel<kVectors, true>(m, depth, a, b.data + j, b.depth, c, ldc, j, prefetcher, finish);
+      };
+      if (count == 1) run(std::integral_constant<int, 1>{});
+      if (count == 2) run(std::integral_constant<int, 2>{});
+      if constexpr (kMaxVectors == 4) {
+        if (count == 3) run(std::integral_constant<int, 3>{});
+        if (count == 4) run(std::integral_constant<int, 4>{});
+      }
+    }
+  }
+
+  template <int kVectors, bool kAccumulate, class C, class Finish>
+  static void multiply_panel(int64_t m, int64_t depth, Left a, const F* b, int64_t ldb, C* c, int64_t ldc, int64_t j,
+                             Prefetcher& prefetcher, const Finish& finish) {
+    constexpr int kRows = (kVectorBytes == 64 ? 24 : 12) / (kVectors == 1 ? 2 : kVectors);
+    int64_t i = 0;
+    const auto run = [&](auto rows) {
+      constexpr int kTile = decltype(rows)::value;
+      for (; i + kTile <= m; i += kTile) {
+        multiply_tile<kAccumulate, kTile, kVectors>(depth, a.data + i * a.row, a.row, a.depth, b, ldb, c + i * ldc + j, ldc, i, j,
+                                                    finish);
+        prefetcher.step(kTile * kVectors * kLanes<F> * depth * Product::kTerms);
+      }
+    };
+    run(std::integral_constant<int, kRows>{});
+    run(std::integral_constant<int, 4>{});
+    run(std::integral_constant<int, 2>{});
+    run(std::integral_constant<int, 1>{});
+  }
+
+  // A tile of kRows x (kVectors vectors) of C, held in registers for the whole depth. i, j: its place in C, for `finish`.
+  // Flattened: one call that stays a call inside the loops would put all sums in memory.
+  template <bool kAccumulate, int kRows, int kVectors, class C, class Finish>
+  [[gnu::flatten]] static void multiply_tile(int64_t depth, const F* a, int64_t a_row, int64_t a_depth, const F* b, int64_t ldb,
+                                             C* c, int64_t ldc, int64_t i, int64_t j, const Finish& finish) {
+    V sum[kRows][kVectors];
+    // The pointer to a row is a new value at every row: the compiler would keep kRows of them at once, in vector registers.
+    C* row = c;
+    const auto next = [&] {
+      row += ldc;
+      asm("" : "+r"(row));
+    };
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        if constexpr (kAccumulate) {
+          sum[r][v] = load(row + v * kLanes<F>);
+        } else {
+          sum[r][v] = V{};
+        }
+      }
+      if (kAccumulate) next();
+    }
+
+    // Three rows share a pointer (address = pointer + {0, 1, 2} strides), else the pointers do not fit the integer registers.
+    constexpr int kPointers = (kRows + 2) / 3;
+    const char* left[kPointers];
+    const int64_t row_bytes = a_row * int64_t(sizeof(F)), depth_bytes = a_depth * int64_t(sizeof(F));
+    for (int p = 0; p < kPointers; ++p) left[p] = reinterpret_cast<const char*>(a) + 3 * p * row_bytes;
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < depth; ++k) {
+      V right[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes<F>);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        F unit;
+        std::memcpy(&unit, left[r / 3] + r % 3 * row_bytes, sizeof unit);
+        const V value = broadcast(unit);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = Product::add(value, right[v], sum[r][v]);
+      }
+      b += ldb;
+#pragma GCC unroll 8
+      for (int p = 0; p < kPointers; ++p) left[p] += depth_bytes;
+    }
+
+    row = c;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      finish(i + r, j, sum[r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) store_lanes(row + v * kLanes<F>, sum[r][v]);
+      next();
+    }
+  }
+};
+
+template <class F>
+struct Dense {
+  using Compute = F;
+  using Operand = F;
+  using Tiles = RegisterTiles<MultiplyAdd<F>>;
+  using Left = typename Tiles::Left;
+  using Right = typename Tiles::Right;
+  static constexpr int64_t kStep = kLanes<F>, kRowStep = 4, kTileRows = 24;
+  static constexpr bool kFreeColumns = true;
 
   // Nothing to set up for the thread that multiplies.
   struct Session {};
@@ -118,61 +199,10 @@ struct Dense {
     return {buffer, ldb};
   }
 
-  // n is rounded up to whole vectors.
   template <class Finish = AsIs>
   static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, F* c, int64_t ldc, bool accumulate,
                        Prefetcher& prefetcher, const Finish& finish = {}) {
-    const int64_t depth_block = n <= 2 * kStep ? 256 : 128;  // keeps the panel of B that a column of tiles shares near
-    int64_t k = 0;
-    for (; k + depth_block < depth; k += depth_block)
-      multiply_part(m, n, depth_block, a.from_depth(k), b.from_depth(k), c, ldc, accumulate || k > 0, prefetcher, AsIs{});
-    multiply_part(m, n, depth - k, a.from_depth(k), b.from_depth(k), c, ldc, accumulate || k > 0, prefetcher, finish);
-  }
-
- private:
-  static constexpr int kMaxVectors = kVectorBytes == 64 ? 4 : 2;
-
-  template <class Finish>
-  static void multiply_part(int64_t m, int64_t n, int64_t depth, Left a, Right b, F* c, int64_t ldc, bool accumulate,
-                            Prefetcher& prefetcher, const Finish& finish) {
-    const int64_t vectors = (n + kStep - 1) / kStep, panels = (vectors + kMaxVectors - 1) / kMaxVectors;
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const int64_t first = vectors * panel / panels, count = vectors * (panel + 1) / panels - first;
-      const auto run = [&](auto width) {
-        constexpr int kVectors = decltype(width)::value;
-        if (accumulate) {
-          multiply_panel<kVectors, true>(m, depth, a, b.data + first * kStep, b.depth, c, ldc, first * kStep, prefetcher, finish);
-        } else {
-          multiply_panel<kVectors, false>(m, depth, a, b.data + first * kStep, b.depth, c, ldc, first * kStep, prefetcher,
-                                          finish);
-        }
-      };
-      if (count == 1) run(std::integral_constant<int, 1>{});
-      if (count == 2) run(std::integral_constant<int, 2>{});
-      if constexpr (kMaxVectors == 4) {
-        if (count == 3) run(std::integral_constant<int, 3>{});
-        if (count == 4) run(std::integral_constant<int, 4>{});
-      }
-    }
-  }
-
-  template <int kVectors, bool kAccumulate, class Finish>
-  static void multiply_panel(int64_t m, int64_t depth, Left a, const F* b, int64_t ldb, F* c, int64_t ldc, int64_t j,
-                             Prefetcher& prefetcher, const Finish& finish) {
-    constexpr int kRows = (kVectorBytes == 64 ? 24 : 12) / (kVectors == 1 ? 2 : kVectors);
-    int64_t i = 0;
-    const auto run = [&](auto rows) {
-      constexpr int kTile = decltype(rows)::value;
-      for (; i + kTile <= m; i += kTile) {
-        detail::multiply_tile<kAccumulate, F, kTile, kVectors>(depth, a.data + i * a.row, a.row, a.depth, b, ldb, c + i * ldc + j,
-                                                               ldc, i, j, finish);
-        prefetcher.step(kTile * kVectors * kStep * depth);
-      }
-    };
-    run(std::integral_constant<int, kRows>{});
-    run(std::integral_constant<int, 4>{});
-    run(std::integral_constant<int, 2>{});
-    run(std::integral_constant<int, 1>{});
+    Tiles::multiply(m, n, depth, a, b, c, ldc, accumulate, prefetcher, finish);
   }
 };
 

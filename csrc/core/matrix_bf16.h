@@ -6,15 +6,21 @@
 
 #if defined(__AVX512BF16__)
 
-#include "rows.h"
+#include "matrix.h"
 
 namespace iumad::IUMAD_ISA {
+
+#if defined(__AMX_BF16__)
+constexpr bool kAmx = true;
+#else
+constexpr bool kAmx = false;
+#endif
 
 struct Bf16Pairs {
   using Compute = float;
   using Operand = BFloat16;
-  // The depth of a tile, and twice its rows and columns: multiply takes tiles 2 x 2.
-  static constexpr int64_t kStep = 32, kRowStep = 32, kTileRows = 32;
+  // kStep is the depth of an AMX tile, and twice its rows and columns: multiply takes 2 x 2.
+  static constexpr int64_t kStep = 32, kRowStep = 32, kTileRows = kAmx ? 32 : 24;
   static constexpr bool kFreeColumns = false;
 
   struct Left {
@@ -113,6 +119,7 @@ struct Bf16Pairs {
     return {reinterpret_cast<const uint32_t*>(buffer), ldb};
   }
 
+#if defined(__AMX_BF16__)
   // m, n and depth are rounded up to kStep: the operands are zero there.
   static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, float* c, int64_t ldc, bool accumulate,
                        Prefetcher& prefetcher) {
@@ -143,6 +150,17 @@ struct Bf16Pairs {
         prefetcher.step(kStep * kStep * depth);
       }
   }
+#else
+  // n is rounded up to whole vectors, depth to a whole pair: the operands are zero there.
+  template <class C, class Finish = AsIs>
+  static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, C* c, int64_t ldc, bool accumulate,
+                       Prefetcher& prefetcher, const Finish& finish = {}) {
+    using Tiles = RegisterTiles<DotProducts>;
+    const typename Tiles::Left left = {reinterpret_cast<const float*>(a.data), a.row / 2, 1};
+    const typename Tiles::Right right = {reinterpret_cast<const float*>(b.data), b.depth};
+    Tiles::multiply(m, n, (depth + 1) / 2, left, right, c, ldc, accumulate, prefetcher, finish);
+  }
+#endif
 
  private:
   static __m256i load_half(const BFloat16* p) { return _mm256_loadu_si256((const __m256i*)p); }
@@ -182,31 +200,14 @@ struct Bf16Pairs {
     _tile_stored(3, c + 16 * ldc + 16, row_c);
   }
 #else
-  static void multiply_block(int64_t depth, const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
-                             bool accumulate) {
-    constexpr int kRows = 8;
-    for (int64_t i = 0; i < kStep; i += kRows) {
-      __m512 sum[kRows][2];
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r)
-        for (int v = 0; v < 2; ++v) sum[r][v] = accumulate ? _mm512_loadu_ps(c + (i + r) * ldc + 16 * v) : _mm512_setzero_ps();
-      for (int64_t k = 0; k < depth; k += 2) {
-        const __m512bh right0 = (__m512bh)_mm512_loadu_si512(b + k / 2 * ldb);
-        const __m512bh right1 = (__m512bh)_mm512_loadu_si512(b + k / 2 * ldb + 16);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          int32_t pair;
-          std::memcpy(&pair, a + (i + r) * lda + k, sizeof pair);
-          const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
-          sum[r][0] = _mm512_dpbf16_ps(sum[r][0], left, right0);
-          sum[r][1] = _mm512_dpbf16_ps(sum[r][1], left, right1);
-        }
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r)
-        for (int v = 0; v < 2; ++v) _mm512_storeu_ps(c + (i + r) * ldc + 16 * v, sum[r][v]);
+  // A unit is a pair of bfloat16.
+  struct DotProducts {
+    using Unit = float;
+    static constexpr int kTerms = 2;
+    static Vec<float> add(Vec<float> a, Vec<float> b, Vec<float> sum) {
+      return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
     }
-  }
+  };
 #endif
 };
 

@@ -33,6 +33,13 @@ inline Vec<double> exp2_fraction(Vec<double> f) {
 template <class F>
 constexpr F kRoundMagic = sizeof(F) == 8 ? F(0x1.8p52) : F(0x1.8p23);  // adding it rounds to an integer, kept in the low bits
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The bits of 2^(i / 8 - 1), as many as one permutation can look up, less i in the upper places of the mantissa: what is left to
+// add to n << 20 for the bits of 2^(n / 8 - 1).
+alignas(32) constexpr int32_t kHalfRootBits[8] = {0x3f000000, 0x3efb95c2, 0x3ef837f0, 0x3ef5fed7,
+                                                  0x3ef504f3, 0x3ef5672a, 0x3ef744fd, 0x3efac0c7};
+#endif
+
 #if defined(__AVX512F__)
 // 2^(i / 32): as many as one permutation of two registers can look up.
 alignas(64) constexpr float kRootsOfTwo[32] = {
@@ -46,8 +53,8 @@ alignas(64) constexpr float kRootsOfTwo[32] = {
 
 }  // namespace detail
 
-// 2^x. Relative error < 2e-7 (float), < 4e-16 (double). Without scalef, results under the smallest normal number are 0. inf and
-// NaN propagate as in std::exp2.
+// 2^x. Relative error < 2e-7 (float), < 4e-16 (double). Without scalef, results under the smallest normal number, or with AVX2
+// twice that, are 0 or some smaller number. inf and NaN propagate as in std::exp2.
 template <class F>
 inline Vec<F> exp2(Vec<F> x) {
   using V = Vec<F>;
@@ -68,9 +75,19 @@ inline Vec<F> exp2(Vec<F> x) {
 #else
   using I = Vec<IntOf<F>>;
   constexpr int kMantissaBits = sizeof(F) == 8 ? 52 : 23;
-  const V magic = broadcast(detail::kRoundMagic<F>);
   const V lowest = broadcast(F(sizeof(F) == 8 ? -1022 : -126)), highest = broadcast(F(sizeof(F) == 8 ? 1024 : 128));
-  x = x > highest ? highest : x;  // written so that NaN stays NaN
+  x = smaller<F>(highest, x);
+#if defined(__AVX2__)
+  if constexpr (sizeof(F) == 4) {
+    x = larger<F>(lowest, x);                                                      // whose half has the exponent of 0
+    const V magic = broadcast(F(0x1.8p20)), n8 = x + magic, f = x - (n8 - magic);  // in [-1/16, 1/16]
+    const I half_root = (I)_mm256_permutevar8x32_ps((__m256)load(detail::kHalfRootBits), (__m256i)n8);
+    V slope = fma(broadcast(F(0x1.c6a004p-4)), f, broadcast(F(0x1.ec0c32p-2)));  // 2 (2^f - 1) / f; minimax, 2^f within 2.7e-8
+    slope = fma(slope, f, broadcast(F(0x1.62e432p0)));
+    return (V)(half_root + ((I)n8 << 20)) * fma(slope, f, broadcast(F(2)));  // halves and doubles, for 2^128 has no bits
+  }
+#endif
+  const V magic = broadcast(detail::kRoundMagic<F>);
   const V shifted = x + magic;
   const V p = detail::exp2_fraction(x - (shifted - magic));
   return x < lowest ? V{} : (V)((I)p + ((I)shifted << kMantissaBits));

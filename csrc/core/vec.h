@@ -86,7 +86,7 @@ inline V fma(V a, V b, V c) {
   return a * b + c;
 }
 
-// The larger lanes; b where either is NaN.
+// The larger or the smaller lanes; b where either is NaN.
 template <class F>
 inline Vec<F> larger(Vec<F> a, Vec<F> b) {
 #if defined(__AVX512F__)  // against a constant g++ makes two instructions of the text below
@@ -94,6 +94,11 @@ inline Vec<F> larger(Vec<F> a, Vec<F> b) {
   if constexpr (sizeof(F) == 8) return (Vec<F>)_mm512_max_pd((__m512d)a, (__m512d)b);
 #endif
   return a > b ? a : b;
+}
+
+template <class F>
+inline Vec<F> smaller(Vec<F> a, Vec<F> b) {
+  return a < b ? a : b;
 }
 
 // -|x|
@@ -125,7 +130,7 @@ inline Vec<F> butterfly(Vec<F> x, Vec<F> y, std::integer_sequence<int, kLane...>
 #if defined(__clang__)
   return __builtin_shufflevector(x, y, ((kLane & kStep) == 0 ? kLane + upper : n + kLane + upper - kStep)...);
 #else  // g++ 11 does not have the above
-  constexpr Vec<IntOf<F> > pick = {((kLane & kStep) == 0 ? kLane + upper : n + kLane + upper - kStep)...};
+  constexpr Vec<IntOf<F>> pick = {((kLane & kStep) == 0 ? kLane + upper : n + kLane + upper - kStep)...};
   return __builtin_shuffle(x, y, pick);
 #endif
 }

@@ -23,7 +23,9 @@ _implemented: dict[str, set[str]] = {}  # op -> its backends on a CPU
 _torch_op: dict[str, str] = {}  # op -> the one of torch.ops.iumad its GPU kernels are looked up by
 _warned: set[tuple[str, str]] = set()
 _forced: str | None = None
-_environment = os.environ.get("IUMAD_BACKEND")  # once: a look into os.environ takes as long as all checks of a call
+_environment = os.environ.get(
+    "IUMAD_BACKEND"
+)  # once: a look into os.environ takes as long as all checks of a call
 
 
 class Choice(NamedTuple):

@@ -187,8 +187,8 @@ class Forward {
       block.count = visible;
       block.padded = round_up(visible, P::kStep);
     }
-    P::multiply(count, block.count, s_.dim, P::left_from_rows(query_ + row * ld_query_, ld_query_), key, score_, ld_score_,
-                false, prefetcher_);
+    P::multiply(count, block.count, s_.dim, P::left_from_rows(query_ + row * ld_query_, ld_query_), key, score_, ld_score_, false,
+                prefetcher_);
     if (s_.dropout_p > 0) draw(b, head, i, count, block);
     for (int64_t r = 0; r < count; ++r) softmax_row(b, head, i + r, row + r, block, score_ + r * ld_score_, kept_ + r * words_);
     const auto left = P::left_from_scores(score_, ld_score_, count, block.padded, score_form_);

@@ -226,8 +226,9 @@ class RowWriter {
 
   void operator()(int64_t i, Vec<F> v, int64_t lanes) const {
     if (lanes < kLanes<F>) return store_part<F>(row_ + i, v, lanes);
-    // The vector with the label's class is changed again.
-    streamed_ && uint64_t(label_ - i) >= uint64_t(lanes) ? stream<F>(row_ + i, v) : store<F>(row_ + i, v);
+    const bool has_label = uint64_t(label_ - i) < uint64_t(lanes);  // and is changed again
+    if (streamed_ && !has_label) return stream<F>(row_ + i, v);
+    store<F>(row_ + i, v);
   }
 
  private:

@@ -31,8 +31,8 @@ struct MultiplyAdd {
   static Vec<F> add(Vec<F> a, Vec<F> b, Vec<F> sum) { return fma(a, b, sum); }
 };
 
-// Products of blocks whose sums live in registers, of operands by unit: a block of A in any strides, vectors of a row of B. C holds
-// numbers of any type, sums that are accumulated of the compute type.
+// Products of blocks whose sums live in registers, of operands by unit: a block of A in any strides, vectors of a row of B. C
+// holds numbers of any type, sums that are accumulated of the compute type.
 template <class Product>
 class RegisterTiles {
   using F = typename Product::Unit;

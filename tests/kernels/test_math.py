@@ -102,7 +102,9 @@ def test_cos_sin_turns(evaluate: Evaluate, dtype: type) -> None:
 def test_exp2(evaluate: Evaluate, dtype: type) -> None:
     info = np.finfo(dtype)
     near_zero = np.logspace(-12, 0, 1000)
-    x = np.concatenate([spread(info.minexp + 1, info.maxexp - 0.01, dtype), near_zero, -near_zero]).astype(dtype)
+    x = np.concatenate([spread(info.minexp + 1, info.maxexp - 0.01, dtype), near_zero, -near_zero]).astype(
+        dtype
+    )
     want = np.exp2(x.astype(np.longdouble))
     bound = 2e-7 if dtype == np.float32 else 4e-16
     assert relative(evaluate("exp2", x), want).max() < bound

@@ -59,18 +59,19 @@ template <class F>
 inline Vec<F> exp2(Vec<F> x) {
   using V = Vec<F>;
 #if defined(__AVX512F__)
-  // scalef multiplies by a power of two with correct overflow, underflow and NaN, and reduce, x minus x rounded, is 0 for
-  // infinities: nothing is clamped.
+  // scalef multiplies by a power of two with correct overflow, underflow and NaN, and by 2^inf or 2^-inf even what is NaN as f is
+  // there: nothing is clamped. (vreduceps would give f at once, but waits for what its register held before, on Zen 4.)
+  asm("" : "+v"(x));  // if x is a product, then rounded: fused with what follows, f would be its error, which has no bound
   if constexpr (sizeof(F) == 4) {
-    const V f = (V)_mm512_reduce_ps((__m512)x, 5 << 4 | _MM_FROUND_NO_EXC);  // in [-1/64, 1/64]
-    const V n32 = x + broadcast(0x1.8p18f);                                  // x - f in units of 1/32, in the low bits
+    const V shifted = x + broadcast(0x1.8p18f);             // x in units of 1/32, in the low bits
+    const V n = shifted - broadcast(0x1.8p18f), f = x - n;  // f in [-1/64, 1/64], where 2^x is neither inf nor 0
     const V low = load(detail::kRootsOfTwo), high = load(detail::kRootsOfTwo + 16);
-    const V root = (V)_mm512_permutex2var_ps((__m512)low, (__m512i)n32, (__m512)high);
-    const V slope = fma(broadcast(0x1.ebf6a2p-3f), f, broadcast(0x1.62e58p-1f));      // (2^f - 1) / f; minimax, 2^f within 5.3e-8
-    return (V)_mm512_scalef_ps((__m512)fma(slope, root * f, root), (__m512)(x - f));  // by 2 to the floor of x - f
+    const V root = (V)_mm512_permutex2var_ps((__m512)low, (__m512i)shifted, (__m512)high);
+    const V slope = fma(broadcast(0x1.ebf6a2p-3f), f, broadcast(0x1.62e58p-1f));  // (2^f - 1) / f; minimax, 2^f within 5.3e-8
+    return (V)_mm512_scalef_ps((__m512)fma(slope, root * f, root), (__m512)n);    // by 2 to the floor of n
   } else {
-    const V f = (V)_mm512_reduce_pd((__m512d)x, _MM_FROUND_NO_EXC);
-    return (V)_mm512_scalef_pd((__m512d)detail::exp2_fraction(f), (__m512d)(x - f));
+    const V n = (V)_mm512_roundscale_pd((__m512d)x, _MM_FROUND_NO_EXC);
+    return (V)_mm512_scalef_pd((__m512d)detail::exp2_fraction(x - n), (__m512d)n);
   }
 #else
   using I = Vec<IntOf<F>>;
@@ -192,21 +193,46 @@ inline Vec<F> sqrt(Vec<F> x) {
 #endif
 }
 
-// 1 / (1 + e^-x) without overflow on either side.
+namespace detail {
+
+// The steps of the sigmoid: an exponential e of x, and the result of both.
 template <class F>
-inline Vec<F> sigmoid(Vec<F> x) {
-  using V = Vec<F>;
+inline Vec<F> sigmoid_exponential(Vec<F> x) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(F) == 4) {  // e^-x of either sign, for nothing in it needs clamping
-    const V s = exp2_product<F>(x, broadcast(-kLog2E<F>)) + broadcast(F(1)), guess = (V)_mm512_rcp14_ps((__m512)s);
+  if constexpr (sizeof(F) == 4) return exp2_product<F>(x, broadcast(-kLog2E<F>));  // e^-x of either sign: nothing needs clamping
+#endif
+  return exp<F>(minus_abs<F>(x));
+}
+template <class F>
+inline Vec<F> sigmoid_result(Vec<F> x, Vec<F> e) {
+  using V = Vec<F>;
+  const V one = broadcast(F(1));
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 4) {
+    const V s = e + one, guess = (V)_mm512_rcp14_ps((__m512)s);
     // Newton's step from the guess. Of s = inf the guess is 0 and the error NaN, of which the maximum makes -1: that stays 0.
-    const V error = (V)_mm512_max_ps((__m512)(broadcast(F(1)) - s * guess), (__m512)broadcast(F(-1)));
+    const V error = (V)_mm512_max_ps((__m512)(one - s * guess), (__m512)broadcast(F(-1)));
     return fma(guess, error, guess);
   }
 #endif
-  const V e = exp<F>(minus_abs<F>(x));
-  const V one = broadcast(F(1));
   return (x < V{} ? e : one) * reciprocal_near_one<F>(one + e);
+}
+
+}  // namespace detail
+
+// 1 / (1 + e^-x) without overflow on either side.
+template <class F>
+inline Vec<F> sigmoid(Vec<F> x) {
+  return detail::sigmoid_result<F>(x, detail::sigmoid_exponential<F>(x));
+}
+
+// y = the sigmoids of n vectors at x, step by step: of long chains one after another, processors keep few in flight.
+template <class F, int n>
+inline void sigmoid(const F* x, Vec<F> (&y)[n]) {
+  IUMAD_UNROLL
+  for (int i = 0; i < n; ++i) y[i] = detail::sigmoid_exponential<F>(load(x + i * kLanes<F>));
+  IUMAD_UNROLL
+  for (int i = 0; i < n; ++i) y[i] = detail::sigmoid_result<F>(load(x + i * kLanes<F>), y[i]);
 }
 
 // softplus(x) = log(1 + e^x), the identity above 20 (as torch.nn.functional.softplus), and its derivative, from e = e^-|x|: two

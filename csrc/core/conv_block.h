@@ -166,26 +166,30 @@ inline void for_blocks(const Rect& out, Visitor&& f) {
   }
 }
 
-// finish(r, c, n, sums, count) for every vector n of channels and run of `count` outputs from (r, c) on: bias + the taps on `in`,
+// finish(r, c, n, sums, run) for every vector n of channels and run (its length, a constant) of outputs from (r, c) on: bias +
+// the taps on `in`,
 // where tap (i, j) of output (r, c) meets pixel (r stride - up + i, c stride - before + j).
 template <class F, class K, class Taps, class Finish>
 inline void convolve(const Pixels<F>& in, const Bounds& bounds, const K& kernel, int64_t up, int64_t before, const F* weight,
                      const F* bias, const Rect& out, int vectors, const Taps& taps, const Finish& finish) {
   constexpr int V = kLanes<F>, kStride = K::kStride;
+  // Past the rows that this block's kernel reads, or past its columns.
+  const int64_t further = ahead(in, out, kernel.rows() - up, K::kBlockColumns * kStride);
   for_blocks<K::kBlockRows, K::kBlockColumns>(out, [&](auto rows, auto columns, int64_t r, int64_t c) {
     constexpr int kRows = decltype(rows)::value, kRun = decltype(columns)::value;
     const Window<F> window(in, bounds, r * kStride - up, c * kStride - before);
     alignas(kVectorBytes) F sums[kRows * kRun * V];
     for (int n = 0; n < vectors; ++n) {
-      // Few products per pixel: memory is what takes time, so ask for what the block below reads first.
-      if constexpr (kStride > 1) {
-        const F* below = window.first + kernel.rows() * in.row + before * in.column + n * in.vector;
-        for (int y = 0; y < kRows * kStride; ++y)
-          for (int x = 0; x < kRun * kStride; ++x) __builtin_prefetch(below + y * in.row + x * in.column);
-      }
       sum_block<K, kRows, kRun>(kernel, window, n * in.vector, weight + n * kernel.rows() * kernel.columns() * V, bias + n * V,
                                 taps, c, c * kStride - before, sums);
-      for (int o = 0; o < kRows; ++o) finish(r + o, c, n, sums + o * kRun * V, kRun);
+      // What the next block reads: asked for while the results are made of the sums, which takes no memory.
+      const F* next = in.at(r * kStride, c * kStride) + n * in.vector + further;
+      IUMAD_UNROLL
+      for (int y = 0; y < kRows * kStride; ++y) {
+        IUMAD_UNROLL
+        for (int x = 0; x < kRun * kStride; ++x) __builtin_prefetch(next + y * in.row + x * in.column, 0, 2);
+      }
+      for (int o = 0; o < kRows; ++o) finish(r + o, c, n, sums + o * kRun * V, columns);
     }
   });
 }
@@ -199,6 +203,7 @@ struct Gradients {
   const F* weight;       // [vector][tap][lane], vectors `plane` values apart
   F* dw;                 // the same
   int64_t plane, token;  // token: of column 0 of x
+  int64_t further;       // to the dx that the next run writes
 };
 
 template <class K, int kRun, class F, class Taps>
@@ -233,6 +238,8 @@ template <class K, int kRun, class F, class Taps>
     }
   }
   F* dx_run = d.dx.at(r, c) + n * d.dx.vector;
+  IUMAD_UNROLL
+  for (int t = 0; t < kRun; ++t) __builtin_prefetch(dx_run + t * d.dx.column + d.further, 1, 2);
   IUMAD_UNROLL
   for (int t = 0; t < kRun; ++t) store<F>(dx_run + t * d.dx.column, dx[t]);
 }

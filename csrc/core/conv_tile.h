@@ -121,6 +121,13 @@ struct Pixels {
   F* at(int64_t r, int64_t c) const { return first + (r - first_row) * row + (c - first_column) * column; }
 };
 
+// From a pixel to the one that a loop over blocks of rows x columns comes to next, in a rectangle: below or, in a single row, to
+// the right. Memory is asked for this far ahead, at most one cache line per result, for bursts would wait for each other.
+template <class F>
+inline int64_t ahead(const Pixels<F>& p, const Rect& r, int64_t rows, int64_t columns) {
+  return r.rows > 1 ? rows * p.row : columns * p.column;
+}
+
 template <class F>
 inline Pixels<F> in_scratch(F* first, int64_t plane, const Rect& r) {
   return {first, r.columns * kLanes<F>, kLanes<F>, plane, r.row, r.column};

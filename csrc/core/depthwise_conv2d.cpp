@@ -196,14 +196,20 @@ void forward(const DepthwiseConv2d& s, const K& kernel, int64_t begin, int64_t e
     const Chunk k = chunks.chunk(item / tiling.count(), task % chunks.count());
     const Rect tile = tiling.tile(s, item % tiling.count());
     const Pixels<F> x = x_tile.read_x(s, k, inputs_of(s, tile)), out = out_tile.write(s.out, k, tile);
+    const int64_t further = ahead(out, tile, K::kBlockRows, K::kBlockColumns);
     with_taps(s, kernel, k.batch, [&](const auto& taps) {
       convolve<F>(x, image(s), kernel, s.pad_top, s.pad_left, filters.weight + k.channel * filters.taps, filters.bias + k.channel,
-                  tile, k.vectors<F>(), taps, [&, silu = s.silu](int64_t r, int64_t c, int n, const F* sums, int count) {
+                  tile, k.vectors<F>(), taps, [&, silu = s.silu](int64_t r, int64_t c, int n, const F* z, auto run) {
+                    constexpr int kRun = decltype(run)::value;
                     F* p = out.at(r, c) + n * out.vector;
-                    for (int t = 0; t < count; ++t) {
-                      const Vec<F> z = taps.skipped(c + t) ? Vec<F>{} : load(sums + t * kLanes<F>);
-                      store<F>(p + t * out.column, silu ? z * sigmoid<F>(z) : z);
-                    }
+                    IUMAD_UNROLL for (int t = 0; t < kRun; ++t) __builtin_prefetch(p + t * out.column + further, 1, 2);
+                    Vec<F> gate[kRun];
+                    if (silu) sigmoid(z, gate);
+                    IUMAD_UNROLL
+                    for (int t = 0; t < kRun; ++t)
+                      store<F>(p + t * out.column, silu ? load(z + t * kLanes<F>) * gate[t] : load(z + t * kLanes<F>));
+                    for (int t = 0; t < kRun; ++t)
+                      if (taps.skipped(c + t)) store<F>(p + t * out.column, Vec<F>{});
                   });
     });
     out_tile.written(s.out, k, tile);
@@ -256,23 +262,36 @@ Pixels<F> output_gradient(const DepthwiseConv2d& s, const Rect& out, const Chunk
   const Pixels<F> dz = in_scratch(tile.pixels, tile.plane, out);
   const int vectors = k.vectors<F>();
   const Vec<F> one = broadcast(F(1));
-  const auto put = [&](int64_t r, int64_t c, int n, int count, const auto& slope) {
-    const F* from = dout.at(r, c) + n * dout.vector;
-    F* to = dz.at(r, c) + n * dz.vector;
+  const int64_t further = ahead(dout, out, K::kBlockRows, K::kBlockColumns);
+  const auto skip = [&](F* to, int64_t c, int count) {
     for (int t = 0; t < count; ++t)
-      store<F>(to + t * dz.column, taps.skipped(c + t) ? Vec<F>{} : load(from + t * dout.column) * slope(t));
+      if (taps.skipped(c + t)) store<F>(to + t * dz.column, Vec<F>{});
   };
   if (s.silu) {
     convolve<F>(x, image(s), kernel, s.pad_top, s.pad_left, filters.weight, filters.bias, out, vectors, taps,
-                [&](int64_t r, int64_t c, int n, const F* sums, int count) {
-                  put(r, c, n, count, [&](int t) {
-                    const Vec<F> z = load(sums + t * kLanes<F>), gate = sigmoid<F>(z);
-                    return gate * fma(z, one - gate, one);
-                  });
+                [&](int64_t r, int64_t c, int n, const F* z, auto run) {
+                  constexpr int kRun = decltype(run)::value;
+                  const F* from = dout.at(r, c) + n * dout.vector;
+                  F* to = dz.at(r, c) + n * dz.vector;
+                  IUMAD_UNROLL for (int t = 0; t < kRun; ++t) __builtin_prefetch(from + t * dout.column + further, 0, 2);
+                  Vec<F> gate[kRun];
+                  sigmoid(z, gate);
+                  IUMAD_UNROLL
+                  for (int t = 0; t < kRun; ++t) {
+                    const Vec<F> slope = gate[t] * fma(load(z + t * kLanes<F>), one - gate[t], one);
+                    store<F>(to + t * dz.column, load(from + t * dout.column) * slope);
+                  }
+                  skip(to, c, kRun);
                 });
   } else {
-    for (int64_t r = out.row; r < out.row + out.rows; ++r)
-      for (int n = 0; n < vectors; ++n) put(r, out.column, n, int(out.columns), [&](int) { return one; });
+    for (int64_t r = out.row; r < out.row + out.rows; ++r) {
+      for (int n = 0; n < vectors; ++n) {
+        const F* from = dout.at(r, out.column) + n * dout.vector;
+        F* to = dz.at(r, out.column) + n * dz.vector;
+        for (int64_t t = 0; t < out.columns; ++t) store<F>(to + t * dz.column, load(from + t * dout.column));
+        skip(to, out.column, int(out.columns));
+      }
+    }
   }
   return dz;
 }
@@ -312,7 +331,8 @@ void input_gradient(const DepthwiseConv2d& s, const BackwardTile& t, const Chunk
                                     filters.phased + first,
                                     dweight + first,
                                     plane,
-                                    column};
+                                    column,
+                                    ahead(every(dx, s.stride, row, column), t.inputs, 1, K::kBlockColumns)};
     differentiate(phase_kernel(kernel, rows, columns), gradients,
                   {rows.begin, columns.begin, rows.end - rows.begin, columns.end - columns.begin}, k.vectors<F>(), taps);
     first += rows.taps * columns.taps * kLanes<F>;
@@ -346,36 +366,38 @@ void backward(const DepthwiseConv2d& s, const DepthwiseConv2dGradients& d, const
   Tile<F> x_tile(memory, pixels, vectors), dout_tile(memory, pixels, vectors), dz_tile(memory, pixels, vectors);
   F *dweight = memory.take<F>(vectors * V * taps_count), *share = memory.take<F>(vectors * V * taps_count);
   F* dbias = memory.take<F>(vectors * V);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t part = task % parts;
+  for (int64_t task = begin; task < end;) {
     Chunk k = chunks.chunk(0, task / parts);
     const Filters<F> filters(s, k.channel, k.channels);
-    clear_pixels(dweight, vectors * taps_count);
-    clear_pixels(dbias, vectors);
-    for (int64_t item = items * part / parts; item < items * (part + 1) / parts; ++item) {
-      k.batch = item / tiling.count();
-      const BackwardTile t(s, tiling.tile(s, item % tiling.count()));
-      const Pixels<F> x = x_tile.read_x(s, k, inputs_of(s, t.reaching)), dout = dout_tile.read(d.out, k, t.reaching);
-      with_taps(s, kernel, k.batch, [&](const auto& taps) {
-        const Pixels<F> dz = output_gradient<F>(s, t.reaching, k, kernel, taps, x, dout, filters, dz_tile);
-        const Pixels<F> dx =
-            t.inputs.column < 0 ? in_scratch(dout_tile.pixels, dout_tile.plane, t.inputs) : dout_tile.write(d.x, k, t.inputs);
-        add_sums(dz, t.outputs, k.vectors<F>(), dbias);
-        input_gradient<F>(s, t, k, kernel, taps, dz, x, filters, dx, share);
-      });
-      for (int64_t i = 0; i < k.vectors<F>() * taps_count; ++i)
-        store<F>(dweight + i * V, load(dweight + i * V) + load(share + i * V));
-      store_input_gradient<F>(d, k, t.inputs, dout_tile);
+    for (const int64_t last = least(end, (task / parts + 1) * parts); task < last; ++task) {
+      const int64_t part = task % parts;
+      clear_pixels(dweight, vectors * taps_count);
+      clear_pixels(dbias, vectors);
+      for (int64_t item = items * part / parts; item < items * (part + 1) / parts; ++item) {
+        k.batch = item / tiling.count();
+        const BackwardTile t(s, tiling.tile(s, item % tiling.count()));
+        const Pixels<F> x = x_tile.read_x(s, k, inputs_of(s, t.reaching)), dout = dout_tile.read(d.out, k, t.reaching);
+        with_taps(s, kernel, k.batch, [&](const auto& taps) {
+          const Pixels<F> dz = output_gradient<F>(s, t.reaching, k, kernel, taps, x, dout, filters, dz_tile);
+          const Pixels<F> dx =
+              t.inputs.column < 0 ? in_scratch(dout_tile.pixels, dout_tile.plane, t.inputs) : dout_tile.write(d.x, k, t.inputs);
+          add_sums(dz, t.outputs, k.vectors<F>(), dbias);
+          input_gradient<F>(s, t, k, kernel, taps, dz, x, filters, dx, share);
+        });
+        for (int64_t i = 0; i < k.vectors<F>() * taps_count; ++i)
+          store<F>(dweight + i * V, load(dweight + i * V) + load(share + i * V));
+        store_input_gradient<F>(d, k, t.inputs, dout_tile);
+      }
+      for (int n = 0; n < k.vectors<F>(); ++n)
+        for (int64_t i = 0; i < taps_count; ++i)
+          store<F>(share + (n * taps_count + filters.order[i]) * V, load(dweight + (n * taps_count + i) * V));
+      k.batch = part;
+      const DType compute = s.is_double ? DType::kFloat64 : DType::kFloat32;
+      const GridView weight_parts = {d.weight, compute, s.channels * taps_count, taps_count, s.kernel_width, 1};
+      const GridView bias_parts = {d.bias, compute, s.channels, 1, 0, 0};
+      store_rect<F>(share, V * taps_count, weight_parts, k, {0, 0, s.kernel_height, s.kernel_width}, filters.offset);
+      if (d.bias) store_rect<F>(dbias, V, bias_parts, k, {0, 0, 1, 1}, filters.offset);
     }
-    for (int n = 0; n < k.vectors<F>(); ++n)
-      for (int64_t i = 0; i < taps_count; ++i)
-        store<F>(share + (n * taps_count + filters.order[i]) * V, load(dweight + (n * taps_count + i) * V));
-    k.batch = part;
-    const DType compute = s.is_double ? DType::kFloat64 : DType::kFloat32;
-    const GridView weight_parts = {d.weight, compute, s.channels * taps_count, taps_count, s.kernel_width, 1};
-    const GridView bias_parts = {d.bias, compute, s.channels, 1, 0, 0};
-    store_rect<F>(share, V * taps_count, weight_parts, k, {0, 0, s.kernel_height, s.kernel_width}, filters.offset);
-    if (d.bias) store_rect<F>(dbias, V, bias_parts, k, {0, 0, 1, 1}, filters.offset);
   }
 }
 

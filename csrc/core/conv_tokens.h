@@ -21,6 +21,14 @@ inline void store_row(const F* src, const GridView& v, int64_t offset, int64_t c
   visit<F>(v.dtype, v.data, [&](auto* p) { store_run(p + offset, v.column, src, count); });
 }
 
+// Asks for the memory of some tokens of a channel and batch, a few at a time, for bursts would wait for each other. (g++ drops
+// calls of functions that do nothing else.)
+template <int kToStore>
+[[gnu::always_inline]] inline void fetch(const GridView& v, int64_t batch, int64_t channel, int64_t first, int64_t count) {
+  const char* p = static_cast<char*>(element(v, batch * v.batch + channel * v.channel + first * v.column));
+  for (int64_t i = 0; i < count * size_of(v.dtype); i += 64) __builtin_prefetch(p + i, kToStore, 2);
+}
+
 template <class F>
 inline void clear_row(F* dst, int64_t count) {
   for (int64_t i = 0; i < count; ++i) dst[i] = F(0);
@@ -78,16 +86,35 @@ struct ChannelRows {
     sum_taps(x, 1, bias, length, z);
   }
 
+  // out of a row, in the place of z.
+  void activate(int64_t batch, int64_t channel) {
+    for (int64_t t = 0; t < length; t += kRun * V) {
+      fetch<0>(s.x, batch, channel + 1, t, kRun * V);
+      if (!s.silu) continue;
+      Vec<F> gate[kRun];
+      sigmoid(z + t, gate);
+      IUMAD_UNROLL
+      for (int k = 0; k < kRun; ++k) store<F>(z + t + k * V, load(z + t + k * V) * gate[k]);
+    }
+  }
+
   // dz of a row, zeros around it.
-  void output_gradient(const GridView& dout, int64_t batch, int64_t channel) {
+  void output_gradient(const DepthwiseConv2dGradients& d, int64_t batch, int64_t channel) {
     F* p = dz + taps - 1;
     clear_row(dz, taps - 1);
-    load_row(p, dout, batch * dout.batch + channel * dout.channel, length);
-    if (s.silu) {
-      const Vec<F> one = broadcast(F(1));
-      for (int64_t t = 0; t < length; t += V) {
-        const Vec<F> v = load(z + t), gate = sigmoid<F>(v);
-        store<F>(p + t, load(p + t) * (gate * fma(v, one - gate, one)));
+    load_row(p, d.out, batch * d.out.batch + channel * d.out.channel, length);
+    const Vec<F> one = broadcast(F(1));
+    for (int64_t t = 0; t < length; t += kRun * V) {
+      fetch<0>(s.x, batch, channel + 1, t, kRun * V);
+      fetch<0>(d.out, batch, channel + 1, t, kRun * V);
+      fetch<1>(d.x, batch, channel, t, kRun * V);
+      if (!s.silu) continue;
+      Vec<F> gate[kRun];
+      sigmoid(z + t, gate);
+      IUMAD_UNROLL
+      for (int k = 0; k < kRun; ++k) {
+        F* g = p + t + k * V;
+        store<F>(g, load(g) * (gate[k] * fma(load(z + t + k * V), one - gate[k], one)));
       }
     }
     clear_row(p + length, row() - (taps - 1) - length);
@@ -98,18 +125,17 @@ struct ChannelRows {
     sum_taps(dz + taps - 1, -1, F(0), s.pad_left + length, dx);
     const F* g = dz + taps - 1;
     const int64_t whole = length / V * V;
-    Vec<F> total{};
-    for (int64_t t = 0; t < whole; t += V) total += load(g + t);
-    store<F>(dbias, load(dbias) + total);
     for (int64_t j0 = 0; j0 < taps; j0 += kTaps) {
-      Vec<F> sum[kTaps] = {};
+      Vec<F> sum[kTaps] = {}, total{};
       for (int64_t t = 0; t < whole; t += V) {
         const Vec<F> v = load(g + t);
+        total += v;
         IUMAD_UNROLL
         for (int j = 0; j < kTaps; ++j) sum[j] = fma(v, load(x + t + j0 + j), sum[j]);
       }
       IUMAD_UNROLL
       for (int j = 0; j < kTaps; ++j) store<F>(dweight + (j0 + j) * V, load(dweight + (j0 + j) * V) + sum[j]);
+      if (j0 == 0) store<F>(dbias, load(dbias) + total);
     }
     // The rest one by one: past the row the zeros of dz would meet tokens, which may be infinite.
     for (int64_t t = whole; t < length; ++t) {
@@ -127,10 +153,7 @@ void forward_tokens(const DepthwiseConv2d& s, int64_t begin, int64_t end) {
     const int64_t batch = task / s.channels, channel = task % s.channels;
     rows.take_channel(channel);
     rows.filter(batch, channel);
-    for (int64_t t = 0; s.silu && t < s.width; t += kLanes<F>) {
-      const Vec<F> z = load(rows.z + t);
-      store<F>(rows.z + t, z * sigmoid<F>(z));
-    }
+    rows.activate(batch, channel);
     store_row(rows.z, s.out, batch * s.out.batch + channel * s.out.channel, s.width);
   }
 }
@@ -150,7 +173,7 @@ void backward_tokens(const DepthwiseConv2d& s, const DepthwiseConv2dGradients& d
     clear_row(dbias, V);
     for (int64_t batch = s.batch * part / parts; batch < s.batch * (part + 1) / parts; ++batch) {
       rows.filter(batch, channel);
-      rows.output_gradient(d.out, batch, channel);
+      rows.output_gradient(d, batch, channel);
       rows.input_gradient(dweight, dbias);
       store_row(rows.dx + s.pad_left, d.x, batch * d.x.batch + channel * d.x.channel, s.width);
       if (s.history.data) store_row(rows.dx, d.history, batch * d.history.batch + channel * d.history.channel, s.pad_left);

@@ -62,7 +62,8 @@ void clear_lanes(F* p, int64_t rows, int first) {
 // Recomputes the states of a run through a tile from the saved state (m.h[0]); adds to y where the gate needs it.
 template <int kStates, bool kNeedY, class F, class BAt, class CAt>
 inline void recompute(BackwardScratch<F>& m, const F* A, int count, const BAt& B, const CAt& C, int64_t first) {
-  constexpr int V = kLanes<F>;
+  // So many decays before their states: one's arithmetic is a single long chain.
+  constexpr int V = kLanes<F>, kTogether = kVectorBytes == 64 || kStates == 1 ? kStates : 2;
   A += first * V;
   Vec<F> state[kStates];
   IUMAD_UNROLL for (int n = 0; n < kStates; ++n) state[n] = load(m.h + n * V);
@@ -70,12 +71,15 @@ inline void recompute(BackwardScratch<F>& m, const F* A, int count, const BAt& B
     const F *b = B.from(t, first), *c = C.from(t, first);
     const Vec<F> step = load(m.dt + t * V), input = load(m.dtu + t * V);
     Vec<F> y = kNeedY ? load(m.y + t * V) : Vec<F>{};
-    IUMAD_UNROLL for (int n = 0; n < kStates; ++n) {
-      const Vec<F> decay = exp2_product<F>(step, load(A + n * V));
-      state[n] = fma(decay, state[n], input * B.value(b, n));
-      store<F>(m.decay + (t * kStates + n) * V, decay);
-      store<F>(m.h + ((t + 1) * kStates + n) * V, state[n]);
-      if constexpr (kNeedY) y = fma(state[n], C.value(c, n), y);
+    IUMAD_UNROLL for (int n = 0; n < kStates; n += kTogether) {
+      Vec<F> decay[kTogether];
+      IUMAD_UNROLL for (int i = 0; i < kTogether; ++i) decay[i] = exp2_product<F>(step, load(A + (n + i) * V));
+      IUMAD_UNROLL for (int i = 0; i < kTogether; ++i) {
+        state[n + i] = fma(decay[i], state[n + i], input * B.value(b, n + i));
+        store<F>(m.decay + (t * kStates + n + i) * V, decay[i]);
+        store<F>(m.h + ((t + 1) * kStates + n + i) * V, state[n + i]);
+        if constexpr (kNeedY) y = fma(state[n + i], C.value(c, n + i), y);
+      }
     }
     if constexpr (kNeedY) store<F>(m.y + t * V, y);
   }

@@ -58,28 +58,28 @@ struct ForwardScratch {
 };
 
 // Advances `kStates` states, the first of which A and h point to, through the tokens of a tile, calling also(t) for every token.
-// What they add to p.y goes to out[offset[t]]. A function of its own so that the registers are all its own; decays in pairs, for
-// one's arithmetic is a single long chain.
+// What they add to p.y goes to out[offset[t]]. A function of its own so that the registers are all its own; several decays before
+// their states, for one's arithmetic is a single long chain.
 template <int kStates, class F, class BAt, class CAt, class Also>
 __attribute__((noinline)) void scan_tile(const F* A, F* h, const Prepared<F>& p, int count, const BAt& B, const CAt& C,
                                          int64_t first, F* out, const int64_t* offset, Also also) {
-  constexpr int V = kLanes<F>, kPair = kStates > 1 ? 2 : 1;
+  constexpr int V = kLanes<F>, kMost = kVectorBytes == 64 ? 4 : 2, kTogether = kStates < kMost ? kStates : kMost;
   Vec<F> state[kStates];
   IUMAD_UNROLL for (int n = 0; n < kStates; ++n) state[n] = load(h + n * V);
   for (int t = 0; t < count; ++t) {
     also(t);
     const F *b = B.from(t, first), *c = C.from(t, first);
     const Vec<F> step = load(p.dt + t * V), input = load(p.dtu + t * V);
-    Vec<F> sum[kPair] = {load(p.y + t * V)};
-    IUMAD_UNROLL for (int n = 0; n < kStates; n += kPair) {
-      Vec<F> decay[kPair];
-      IUMAD_UNROLL for (int i = 0; i < kPair; ++i) decay[i] = exp2_product<F>(step, load(A + (n + i) * V));
-      IUMAD_UNROLL for (int i = 0; i < kPair; ++i) {
+    Vec<F> sum = load(p.y + t * V);
+    IUMAD_UNROLL for (int n = 0; n < kStates; n += kTogether) {
+      Vec<F> decay[kTogether];
+      IUMAD_UNROLL for (int i = 0; i < kTogether; ++i) decay[i] = exp2_product<F>(step, load(A + (n + i) * V));
+      IUMAD_UNROLL for (int i = 0; i < kTogether; ++i) {
         state[n + i] = fma(decay[i], state[n + i], input * B.value(b, n + i));
-        sum[i] = fma(state[n + i], C.value(c, n + i), sum[i]);
+        sum = fma(state[n + i], C.value(c, n + i), sum);
       }
     }
-    store<F>(out + offset[t], kPair > 1 ? sum[0] + sum[kPair - 1] : sum[0]);
+    store<F>(out + offset[t], sum);
   }
   IUMAD_UNROLL for (int n = 0; n < kStates; ++n) store<F>(h + n * V, state[n]);
 }

@@ -167,8 +167,7 @@ inline void for_blocks(const Rect& out, Visitor&& f) {
 }
 
 // finish(r, c, n, sums, run) for every vector n of channels and run (its length, a constant) of outputs from (r, c) on: bias +
-// the taps on `in`,
-// where tap (i, j) of output (r, c) meets pixel (r stride - up + i, c stride - before + j).
+// the taps on `in`, where tap (i, j) of output (r, c) meets pixel (r stride - up + i, c stride - before + j).
 template <class F, class K, class Taps, class Finish>
 inline void convolve(const Pixels<F>& in, const Bounds& bounds, const K& kernel, int64_t up, int64_t before, const F* weight,
                      const F* bias, const Rect& out, int vectors, const Taps& taps, const Finish& finish) {

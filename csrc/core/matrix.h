@@ -76,9 +76,7 @@ class RegisterTiles {
       const int64_t first = vectors * panel / panels, count = vectors * (panel + 1) / panels - first, j = first * kLanes<F>;
       const auto run = [&](auto width) {
         constexpr int kVectors = decltype(width)::value;
-        if (!accumulate) return multiply_panel<kVectors, false>(m, depth, a, b.data + j, b.depth, c, ldc, j, prefetcher, finish);
-        if constexpr (std::is_same_v<C, F>)
-          multiply_panel<kVectors, true>(m, depth, a, b.data + j, b.depth, c, ldc, j, prefetcher, finish);
+        multiply_panel<kVectors>(m, depth, a, b.data + j, b.depth, c, ldc, accumulate, j, prefetcher, finish);
       };
       if (count == 1) run(std::integral_constant<int, 1>{});
       if (count == 2) run(std::integral_constant<int, 2>{});
@@ -89,48 +87,45 @@ class RegisterTiles {
     }
   }
 
-  template <int kVectors, bool kAccumulate, class C, class Finish>
-  static void multiply_panel(int64_t m, int64_t depth, Left a, const F* b, int64_t ldb, C* c, int64_t ldc, int64_t j,
-                             Prefetcher& prefetcher, const Finish& finish) {
+  template <int kVectors, class C, class Finish>
+  static void multiply_panel(int64_t m, int64_t depth, Left a, const F* b, int64_t ldb, C* c, int64_t ldc, bool accumulate,
+                             int64_t j, Prefetcher& prefetcher, const Finish& finish) {
     constexpr int kRows = (kVectorBytes == 64 ? 24 : 12) / (kVectors == 1 ? 2 : kVectors);
     int64_t i = 0;
     const auto run = [&](auto rows) {
       constexpr int kTile = decltype(rows)::value;
       for (; i + kTile <= m; i += kTile) {
-        multiply_tile<kAccumulate, kTile, kVectors>(depth, a.data + i * a.row, a.row, a.depth, b, ldb, c + i * ldc + j, ldc, i, j,
-                                                    finish);
+        multiply_tile<kTile, kVectors>(depth, a.data + i * a.row, a.row, a.depth, b, ldb, c + i * ldc + j, ldc, accumulate, i, j,
+                                       finish);
         prefetcher.step(kTile * kVectors * kLanes<F> * depth * Product::kTerms);
       }
     };
     run(std::integral_constant<int, kRows>{});
     run(std::integral_constant<int, 4>{});
-    run(std::integral_constant<int, 2>{});
     run(std::integral_constant<int, 1>{});
   }
 
   // A tile of kRows x (kVectors vectors) of C, held in registers for the whole depth. i, j: its place in C, for `finish`.
   // Flattened: one call that stays a call inside the loops would put all sums in memory.
-  template <bool kAccumulate, int kRows, int kVectors, class C, class Finish>
+  template <int kRows, int kVectors, class C, class Finish>
   [[gnu::flatten]] static void multiply_tile(int64_t depth, const F* a, int64_t a_row, int64_t a_depth, const F* b, int64_t ldb,
-                                             C* c, int64_t ldc, int64_t i, int64_t j, const Finish& finish) {
-    V sum[kRows][kVectors];
+                                             C* c, int64_t ldc, bool accumulate, int64_t i, int64_t j, const Finish& finish) {
+    V sum[kRows][kVectors] = {};
     // The pointer to a row is a new value at every row: the compiler would keep kRows of them at once, in vector registers.
     C* row = c;
     const auto next = [&] {
       row += ldc;
       asm("" : "+r"(row));
     };
+    if constexpr (std::is_same_v<C, F>) {
+      if (accumulate) {
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        if constexpr (kAccumulate) {
-          sum[r][v] = load(row + v * kLanes<F>);
-        } else {
-          sum[r][v] = V{};
+          for (int v = 0; v < kVectors; ++v) sum[r][v] = load(row + v * kLanes<F>);
+          next();
         }
       }
-      if (kAccumulate) next();
     }
 
     // Three rows share a pointer (address = pointer + {0, 1, 2} strides), else the pointers do not fit the integer registers.

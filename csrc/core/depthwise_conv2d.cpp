@@ -183,6 +183,35 @@ int64_t forward_tasks(const DepthwiseConv2d& s) {
   return s.batch * Tiling(s).count() * forward_chunks<F>(s).count();
 }
 
+// What is made of the sums z of a run of outputs, `column` apart in memory; `further` lies what the next run writes or reads.
+// Functions of their own, for there is one per length of a run instead of one per kernel as well.
+template <class F, int kRun>
+[[gnu::noinline]] void activate(const F* z, bool silu, F* out, int64_t column, int64_t further) {
+  IUMAD_UNROLL for (int t = 0; t < kRun; ++t) __builtin_prefetch(out + t * column + further, 1, 2);
+  Vec<F> y[kRun];
+  IUMAD_UNROLL for (int t = 0; t < kRun; ++t) y[t] = load(z + t * kLanes<F>);
+  if (silu) {
+    Vec<F> gate[kRun];
+    sigmoid(z, gate);
+    IUMAD_UNROLL for (int t = 0; t < kRun; ++t) y[t] *= gate[t];
+  }
+  IUMAD_UNROLL for (int t = 0; t < kRun; ++t) store<F>(out + t * column, y[t]);
+}
+
+// dz = dout times the derivative of z sigmoid(z).
+template <class F, int kRun>
+[[gnu::noinline]] void differentiate_silu(const F* z, const F* dout, int64_t column, int64_t further, F* dz, int64_t dz_column) {
+  const Vec<F> one = broadcast(F(1));
+  IUMAD_UNROLL for (int t = 0; t < kRun; ++t) __builtin_prefetch(dout + t * column + further, 0, 2);
+  Vec<F> gate[kRun];
+  sigmoid(z, gate);
+  IUMAD_UNROLL
+  for (int t = 0; t < kRun; ++t) {
+    const Vec<F> slope = gate[t] * fma(load(z + t * kLanes<F>), one - gate[t], one);
+    store<F>(dz + t * dz_column, load(dout + t * column) * slope);
+  }
+}
+
 template <class F, class K>
 void forward(const DepthwiseConv2d& s, const K& kernel, int64_t begin, int64_t end) {
   const Tiling tiling(s);
@@ -202,12 +231,7 @@ void forward(const DepthwiseConv2d& s, const K& kernel, int64_t begin, int64_t e
                   tile, k.vectors<F>(), taps, [&, silu = s.silu](int64_t r, int64_t c, int n, const F* z, auto run) {
                     constexpr int kRun = decltype(run)::value;
                     F* p = out.at(r, c) + n * out.vector;
-                    IUMAD_UNROLL for (int t = 0; t < kRun; ++t) __builtin_prefetch(p + t * out.column + further, 1, 2);
-                    Vec<F> gate[kRun];
-                    if (silu) sigmoid(z, gate);
-                    IUMAD_UNROLL
-                    for (int t = 0; t < kRun; ++t)
-                      store<F>(p + t * out.column, silu ? load(z + t * kLanes<F>) * gate[t] : load(z + t * kLanes<F>));
+                    activate<F, kRun>(z, silu, p, out.column, further);
                     for (int t = 0; t < kRun; ++t)
                       if (taps.skipped(c + t)) store<F>(p + t * out.column, Vec<F>{});
                   });
@@ -261,7 +285,6 @@ Pixels<F> output_gradient(const DepthwiseConv2d& s, const Rect& out, const Chunk
                           const Pixels<F>& x, const Pixels<F>& dout, const Filters<F>& filters, Tile<F>& tile) {
   const Pixels<F> dz = in_scratch(tile.pixels, tile.plane, out);
   const int vectors = k.vectors<F>();
-  const Vec<F> one = broadcast(F(1));
   const int64_t further = ahead(dout, out, K::kBlockRows, K::kBlockColumns);
   const auto skip = [&](F* to, int64_t c, int count) {
     for (int t = 0; t < count; ++t)
@@ -273,14 +296,7 @@ Pixels<F> output_gradient(const DepthwiseConv2d& s, const Rect& out, const Chunk
                   constexpr int kRun = decltype(run)::value;
                   const F* from = dout.at(r, c) + n * dout.vector;
                   F* to = dz.at(r, c) + n * dz.vector;
-                  IUMAD_UNROLL for (int t = 0; t < kRun; ++t) __builtin_prefetch(from + t * dout.column + further, 0, 2);
-                  Vec<F> gate[kRun];
-                  sigmoid(z, gate);
-                  IUMAD_UNROLL
-                  for (int t = 0; t < kRun; ++t) {
-                    const Vec<F> slope = gate[t] * fma(load(z + t * kLanes<F>), one - gate[t], one);
-                    store<F>(to + t * dz.column, load(from + t * dout.column) * slope);
-                  }
+                  differentiate_silu<F, kRun>(z, from, dout.column, further, to, dz.column);
                   skip(to, c, kRun);
                 });
   } else {

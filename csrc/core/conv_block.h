@@ -183,11 +183,7 @@ inline void convolve(const Pixels<F>& in, const Bounds& bounds, const K& kernel,
                                 taps, c, c * kStride - before, sums);
       // What the next block reads: asked for while the results are made of the sums, which takes no memory.
       const F* next = in.at(r * kStride, c * kStride) + n * in.vector + further;
-      IUMAD_UNROLL
-      for (int y = 0; y < kRows * kStride; ++y) {
-        IUMAD_UNROLL
-        for (int x = 0; x < kRun * kStride; ++x) __builtin_prefetch(next + y * in.row + x * in.column, 0, 2);
-      }
+      IUMAD_UNROLL for (int y = 0; y < kRows * kStride; ++y) fetch_run<kRun * kStride, 0>(next + y * in.row, in.column);
       for (int o = 0; o < kRows; ++o) finish(r + o, c, n, sums + o * kRun * V, columns);
     }
   });
@@ -237,8 +233,7 @@ template <class K, int kRun, class F, class Taps>
     }
   }
   F* dx_run = d.dx.at(r, c) + n * d.dx.vector;
-  IUMAD_UNROLL
-  for (int t = 0; t < kRun; ++t) __builtin_prefetch(dx_run + t * d.dx.column + d.further, 1, 2);
+  fetch_run<kRun, 1>(dx_run + d.further, d.dx.column);
   IUMAD_UNROLL
   for (int t = 0; t < kRun; ++t) store<F>(dx_run + t * d.dx.column, dx[t]);
 }

@@ -128,6 +128,12 @@ inline int64_t ahead(const Pixels<F>& p, const Rect& r, int64_t rows, int64_t co
   return r.rows > 1 ? rows * p.row : columns * p.column;
 }
 
+// Asks for a run of pixels, one line each.
+template <int kRun, int kToStore, class F>
+[[gnu::always_inline]] inline void fetch_run(const F* first, int64_t column) {
+  IUMAD_UNROLL for (int t = 0; t < kRun; ++t) __builtin_prefetch(first + t * column, kToStore, 2);
+}
+
 template <class F>
 inline Pixels<F> in_scratch(F* first, int64_t plane, const Rect& r) {
   return {first, r.columns * kLanes<F>, kLanes<F>, plane, r.row, r.column};

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "conv_tile.h"
-#include "math.h"
+#include "silu.h"
 
 namespace iumad::IUMAD_ISA {
 
@@ -90,11 +90,7 @@ struct ChannelRows {
   void activate(int64_t batch, int64_t channel) {
     for (int64_t t = 0; t < length; t += kRun * V) {
       fetch<0>(s.x, batch, channel + 1, t, kRun * V);
-      if (!s.silu) continue;
-      Vec<F> gate[kRun];
-      sigmoid(z + t, gate);
-      IUMAD_UNROLL
-      for (int k = 0; k < kRun; ++k) store<F>(z + t + k * V, load(z + t + k * V) * gate[k]);
+      if (s.silu) silu<F, kRun>(z + t, z + t, V);
     }
   }
 
@@ -103,19 +99,11 @@ struct ChannelRows {
     F* p = dz + taps - 1;
     clear_row(dz, taps - 1);
     load_row(p, d.out, batch * d.out.batch + channel * d.out.channel, length);
-    const Vec<F> one = broadcast(F(1));
     for (int64_t t = 0; t < length; t += kRun * V) {
       fetch<0>(s.x, batch, channel + 1, t, kRun * V);
       fetch<0>(d.out, batch, channel + 1, t, kRun * V);
       fetch<1>(d.x, batch, channel, t, kRun * V);
-      if (!s.silu) continue;
-      Vec<F> gate[kRun];
-      sigmoid(z + t, gate);
-      IUMAD_UNROLL
-      for (int k = 0; k < kRun; ++k) {
-        F* g = p + t + k * V;
-        store<F>(g, load(g) * (gate[k] * fma(load(z + t + k * V), one - gate[k], one)));
-      }
+      if (s.silu) differentiate_silu<F, kRun>(z + t, p + t, V, p + t, V);
     }
     clear_row(p + length, row() - (taps - 1) - length);
   }

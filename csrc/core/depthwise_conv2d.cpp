@@ -2,7 +2,7 @@
 
 #include "conv_block.h"
 #include "conv_tokens.h"
-#include "math.h"
+#include "silu.h"
 
 namespace iumad::IUMAD_ISA {
 namespace {
@@ -183,35 +183,6 @@ int64_t forward_tasks(const DepthwiseConv2d& s) {
   return s.batch * Tiling(s).count() * forward_chunks<F>(s).count();
 }
 
-// What is made of the sums z of a run of outputs, `column` apart in memory; `further` lies what the next run writes or reads.
-// Functions of their own, for there is one per length of a run instead of one per kernel as well.
-template <class F, int kRun>
-[[gnu::noinline]] void activate(const F* z, bool silu, F* out, int64_t column, int64_t further) {
-  IUMAD_UNROLL for (int t = 0; t < kRun; ++t) __builtin_prefetch(out + t * column + further, 1, 2);
-  Vec<F> y[kRun];
-  IUMAD_UNROLL for (int t = 0; t < kRun; ++t) y[t] = load(z + t * kLanes<F>);
-  if (silu) {
-    Vec<F> gate[kRun];
-    sigmoid(z, gate);
-    IUMAD_UNROLL for (int t = 0; t < kRun; ++t) y[t] *= gate[t];
-  }
-  IUMAD_UNROLL for (int t = 0; t < kRun; ++t) store<F>(out + t * column, y[t]);
-}
-
-// dz = dout times the derivative of z sigmoid(z).
-template <class F, int kRun>
-[[gnu::noinline]] void differentiate_silu(const F* z, const F* dout, int64_t column, int64_t further, F* dz, int64_t dz_column) {
-  const Vec<F> one = broadcast(F(1));
-  IUMAD_UNROLL for (int t = 0; t < kRun; ++t) __builtin_prefetch(dout + t * column + further, 0, 2);
-  Vec<F> gate[kRun];
-  sigmoid(z, gate);
-  IUMAD_UNROLL
-  for (int t = 0; t < kRun; ++t) {
-    const Vec<F> slope = gate[t] * fma(load(z + t * kLanes<F>), one - gate[t], one);
-    store<F>(dz + t * dz_column, load(dout + t * column) * slope);
-  }
-}
-
 template <class F, class K>
 void forward(const DepthwiseConv2d& s, const K& kernel, int64_t begin, int64_t end) {
   const Tiling tiling(s);
@@ -228,10 +199,15 @@ void forward(const DepthwiseConv2d& s, const K& kernel, int64_t begin, int64_t e
     const int64_t further = ahead(out, tile, K::kBlockRows, K::kBlockColumns);
     with_taps(s, kernel, k.batch, [&](const auto& taps) {
       convolve<F>(x, image(s), kernel, s.pad_top, s.pad_left, filters.weight + k.channel * filters.taps, filters.bias + k.channel,
-                  tile, k.vectors<F>(), taps, [&, silu = s.silu](int64_t r, int64_t c, int n, const F* z, auto run) {
+                  tile, k.vectors<F>(), taps, [&, gated = s.silu](int64_t r, int64_t c, int n, const F* z, auto run) {
                     constexpr int kRun = decltype(run)::value;
                     F* p = out.at(r, c) + n * out.vector;
-                    activate<F, kRun>(z, silu, p, out.column, further);
+                    fetch_run<kRun, 1>(p + further, out.column);
+                    if (gated) {
+                      silu<F, kRun>(z, p, out.column);
+                    } else {
+                      IUMAD_UNROLL for (int t = 0; t < kRun; ++t) store<F>(p + t * out.column, load(z + t * kLanes<F>));
+                    }
                     for (int t = 0; t < kRun; ++t)
                       if (taps.skipped(c + t)) store<F>(p + t * out.column, Vec<F>{});
                   });
@@ -296,7 +272,8 @@ Pixels<F> output_gradient(const DepthwiseConv2d& s, const Rect& out, const Chunk
                   constexpr int kRun = decltype(run)::value;
                   const F* from = dout.at(r, c) + n * dout.vector;
                   F* to = dz.at(r, c) + n * dz.vector;
-                  differentiate_silu<F, kRun>(z, from, dout.column, further, to, dz.column);
+                  fetch_run<kRun, 0>(from + further, dout.column);
+                  differentiate_silu<F, kRun>(z, from, dout.column, to, dz.column);
                   skip(to, c, kRun);
                 });
   } else {

@@ -212,9 +212,11 @@ void add_cross_entropy(F* dst, const F* row, F max, F scale, double factor, cons
 // Gradients of more bytes than this are gone from a core's share of the caches before anybody reads them.
 constexpr int64_t kStreamedBytes = 8 << 20;
 
+// Those that are written where they belong, not by way of a buffer.
 template <class F>
 bool are_streamed(const KLBottleneck& k, const KLGradients& d) {
-  return k.rows * k.classes * int64_t(sizeof(F)) * ((d.p.data != nullptr) + (d.q.data != nullptr)) > kStreamedBytes;
+  const auto in_place = [](const RowsView& v) { return v.data != nullptr && is_plain<F>(v); };
+  return k.rows * k.classes * int64_t(sizeof(F)) * (in_place(d.p) + in_place(d.q)) > kStreamedBytes;
 }
 
 // Vectors of a row of gradients on their way to memory.
@@ -239,7 +241,7 @@ class RowWriter {
 
 template <class F, bool kNeedP, bool kNeedQ>
 void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>& r, const RowStats<F>& s, double gradient, F* dp,
-                  F* dq, bool streamed) {
+                  F* dq) {
   using V = Vec<F>;
   const V pm = broadcast(s.p_max), qm = broadcast(s.q_max), c = broadcast(F(kLog2E<double> / k.temperature));
   const V one_p = broadcast(s.p_scale), one_q = broadcast(s.q_scale);
@@ -250,8 +252,9 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
   const double p_ce = share ? d.p_cross_entropy : 0, q_ce = share ? d.q_cross_entropy : 0;
   const auto exp_p = [&](V x, int64_t i) { return r.exp_p ? load(r.exp_p + i) : exp2_product<F>(x, c); };
   const auto exp_q = [&](V y, int64_t i) { return r.exp_q ? load(r.exp_q + i) : exp2_product<F>(y, c); };
-  if (r.label >= 0 && !share) streamed = false;  // cross-entropies are added in a second pass
-  const RowWriter<F> put_p(dp, streamed, r.label), put_q(dq, streamed, r.label);
+  const bool added_to = r.label >= 0 && !share;  // by the cross-entropies, in a second pass
+  const bool streamed = are_streamed<F>(k, d) && !added_to;
+  const RowWriter<F> put_p(dp, streamed && is_plain<F>(d.p), r.label), put_q(dq, streamed && is_plain<F>(d.q), r.label);
 
   if (k.beta == 0) {
     const double log_ratio = s.q_scale > 0 && s.p_scale > 0 ? __builtin_log(double(s.q_scale) / double(s.p_scale)) : 0;
@@ -300,58 +303,56 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
 
 template <class F>
 void put_gradients(const KLBottleneck& k, const KLGradients& d, RowReader<F>& reader, int64_t row, RowPair<F> r,
-                   const RowStats<F>& stats, bool streamed) {
+                   const RowStats<F>& stats) {
   const auto run =
       d.p.data ? (d.q.data ? backward_row<F, true, true> : backward_row<F, true, false>) : backward_row<F, false, true>;
   if (reader.taken == 0) r.label = -1;
   F* dp = d.p.data ? row_target<F>(d.p, row, reader.dp) : nullptr;
   F* dq = d.q.data ? row_target<F>(d.q, row, reader.dq) : nullptr;
   const double gradient = double(static_cast<const F*>(d.divergence)[row * d.divergence_stride]) * d.divergence_scale;
-  run(k, d, r, stats, gradient, dp, dq, streamed);
+  run(k, d, r, stats, gradient, dp, dq);
   if (dp) write_row<F>(d.p, row, k.classes, dp);
   if (dq) write_row<F>(d.q, row, k.classes, dq);
 }
 
 // What lies ahead of a row that is not the last.
 template <class F>
-Ahead<F> ahead_of(const KLBottleneck& k, const KLGradients* d, int64_t row, bool streamed) {
+Ahead<F> ahead_of(const KLBottleneck& k, const KLGradients* d, int64_t row) {
   if (k.classes * int64_t(sizeof(F)) > Ahead<F>::kMostBytes) return {};
   const auto place = [](const RowsView& v, int64_t at) -> const F* {
     return v.data && is_plain<F>(v) ? static_cast<const F*>(v.data) + v.offset(at) : nullptr;
   };
-  const bool stored = d && !streamed;
+  const bool stored = d && !are_streamed<F>(k, *d);
   return {place(k.p, row + 1), place(k.q, row + 1), stored ? place(d->p, row) : nullptr, stored ? place(d->q, row) : nullptr};
 }
 
 template <class F>
 void forward(const KLBottleneck& k, KLRowLosses* losses, const KLGradients* d, int64_t begin, int64_t end) {
   RowReader<F> reader(k);
-  const bool streamed = d && are_streamed<F>(k, *d);
   for (int64_t row = begin; row < end; ++row) {
     RowStats<F> stats{};
     RowPair<F> r = reader.read(row);
     losses[row] = {};
     if (reader.taken > 0) {
       r.exp_p = reader.exp_p, r.exp_q = reader.exp_q;
-      losses[row] = forward_row<F>(k, r, row + 1 < end ? ahead_of<F>(k, d, row, streamed) : Ahead<F>{}, stats);
+      losses[row] = forward_row<F>(k, r, row + 1 < end ? ahead_of<F>(k, d, row) : Ahead<F>{}, stats);
     }
     losses[row].taken = double(reader.taken);
     stats.taken = F(reader.taken);
     if (k.stats) static_cast<RowStats<F>*>(k.stats)[row] = stats;
-    if (d) put_gradients<F>(k, *d, reader, row, r, stats, streamed);
+    if (d) put_gradients<F>(k, *d, reader, row, r, stats);
   }
-  if (streamed) end_streaming();
+  end_streaming();
 }
 
 template <class F>
 void backward(const KLBottleneck& k, const KLGradients& d, int64_t begin, int64_t end) {
   RowReader<F> reader(k);
-  const bool streamed = are_streamed<F>(k, d);
   for (int64_t row = begin; row < end; ++row) {
     const RowPair<F> r = reader.read(row);
-    put_gradients<F>(k, d, reader, row, r, static_cast<const RowStats<F>*>(k.stats)[row], streamed);
+    put_gradients<F>(k, d, reader, row, r, static_cast<const RowStats<F>*>(k.stats)[row]);
   }
-  if (streamed) end_streaming();
+  end_streaming();
 }
 
 void run_forward(const KLBottleneck& k, KLRowLosses* losses, const KLGradients* d, int64_t begin, int64_t end) {

@@ -211,8 +211,7 @@ inline Vec<F> sigmoid_result(Vec<F> x, Vec<F> e) {
   if constexpr (sizeof(F) == 4) {
     const V s = e + one, guess = (V)_mm512_rcp14_ps((__m512)s);
     // Newton's step from the guess. Of s = inf the guess is 0 and the error NaN, of which the maximum makes -1: that stays 0.
-    const V error = (V)_mm512_max_ps((__m512)(one - s * guess), (__m512)broadcast(F(-1)));
-    return fma(guess, error, guess);
+    return fma(guess, larger<F>(one - s * guess, -one), guess);
   }
 #endif
   return (x < V{} ? e : one) * reciprocal_near_one<F>(one + e);

@@ -150,26 +150,7 @@ struct Bf16Pairs {
         prefetcher.step(kStep * kStep * depth);
       }
   }
-#else
-  // n is rounded up to whole vectors, depth to a whole pair: the operands are zero there.
-  template <class C, class Finish = AsIs>
-  static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, C* c, int64_t ldc, bool accumulate,
-                       Prefetcher& prefetcher, const Finish& finish = {}) {
-    using Tiles = RegisterTiles<DotProducts>;
-    const typename Tiles::Left left = {reinterpret_cast<const float*>(a.data), a.row / 2, 1};
-    const typename Tiles::Right right = {reinterpret_cast<const float*>(b.data), b.depth};
-    Tiles::multiply(m, n, (depth + 1) / 2, left, right, c, ldc, accumulate, prefetcher, finish);
-  }
-#endif
 
- private:
-  static __m256i load_half(const BFloat16* p) { return _mm256_loadu_si256((const __m256i*)p); }
-  static __m256i rounded(const float* p) { return (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(p)); }
-  static __m512i interleave(__m256i even, __m256i odd) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-  }
-
-#if defined(__AMX_BF16__)
   static void multiply_block(int64_t depth, const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
                              bool accumulate) {
     const int64_t row_c = ldc * 4, row_a = lda * 2, row_b = ldb * 4;  // bytes
@@ -208,7 +189,24 @@ struct Bf16Pairs {
       return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
     }
   };
+
+  // n is rounded up to whole vectors, depth to a whole pair: the operands are zero there.
+  template <class C, class Finish = AsIs>
+  static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, C* c, int64_t ldc, bool accumulate,
+                       Prefetcher& prefetcher, const Finish& finish = {}) {
+    using Tiles = RegisterTiles<DotProducts>;
+    const typename Tiles::Left left = {reinterpret_cast<const float*>(a.data), a.row / 2, 1};
+    const typename Tiles::Right right = {reinterpret_cast<const float*>(b.data), b.depth};
+    Tiles::multiply(m, n, (depth + 1) / 2, left, right, c, ldc, accumulate, prefetcher, finish);
+  }
 #endif
+
+ private:
+  static __m256i load_half(const BFloat16* p) { return _mm256_loadu_si256((const __m256i*)p); }
+  static __m256i rounded(const float* p) { return (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(p)); }
+  static __m512i interleave(__m256i even, __m256i odd) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+  }
 };
 
 }  // namespace iumad::IUMAD_ISA

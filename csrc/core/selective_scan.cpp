@@ -234,8 +234,8 @@ void scan_tokens(const SelectiveScan& s, int64_t k, const ScanDirection& directi
       const bool here = i + kAhead < blocks;
       const ForwardTile& later = here ? tile : next;
       const ChannelBlock& later_block = m.block[here ? i + kAhead : (i + kAhead) % blocks];
-      const Prefetch<false> u(later.u, later_block), delta(later.delta, later_block), z(later.z, later_block);
-      const Prefetch<true> out(later.out, later_block);
+      const Prefetch u(later.u, later_block), delta(later.delta, later_block), z(later.z, later_block),
+          out(later.out, later_block);
       F *h = m.h + i * block_size, *A = m.A + i * block_size;
       if (s.tile_states) save_tile_states<F>(h, s, k, first / kTile, m.block[i]);
       B.block = m.B + i * block_size;

@@ -141,8 +141,7 @@ struct BackwardTile {
     const auto all = [&](const auto& line) __attribute__((always_inline)) {
       for (int t = 0; t < kTile; ++t) line(t);
     };
-    for (const TileView* v : {&u, &delta, &z, &grad_out}) all(Prefetch<false>(*v, b));
-    for (const TileView* v : {&du, &ddelta, &dz}) all(Prefetch<true>(*v, b));
+    for (const TileView* v : {&u, &delta, &z, &grad_out, &du, &ddelta, &dz}) all(Prefetch(*v, b));
   }
 };
 

@@ -106,7 +106,6 @@ void store_tokens(const F* src, const TileView& v, const ChannelBlock& b, bool a
 // Asks for a channel block's cache lines of a tile ahead of time, one per call: they are a whole row of channels or of tokens
 // apart, too far for the hardware to guess, and asked for all at once they would hold up other loads. Always inlined: g++ takes
 // a function that only prefetches for one without effect and drops the calls.
-template <bool kForWriting>
 class Prefetch {
  public:
   Prefetch(const TileView& v, const ChannelBlock& b) : block_(v.data ? v.block(b) : nullptr), line_(v.line) {}

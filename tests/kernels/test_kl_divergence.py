@@ -368,12 +368,15 @@ def test_backward_without_saved_statistics_is_refused() -> None:
 @every_isa
 @every_beta
 @pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("student", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("classes", [1600, 1003])
 def test_gradients_too_large_for_the_caches_have_the_same_bits(
-    isa: str, classes: int, reduction: str, beta: float
+    isa: str, classes: int, student: torch.dtype, reduction: str, beta: float
 ) -> None:
-    """They are stored past them, row by row where the row starts at a vector; of 1003 floats few rows do."""
-    both = logits(2_300_000 // classes, classes)
+    """They are stored past them, row by row where the row starts at a vector (of 1003 floats few rows do), unless they have to be
+    converted first."""
+    s, t = logits((2_300_000 if student == torch.float32 else 4_300_000) // classes, classes)
+    both = (s.to(student), t)
 
     def of_first_rows(rows: int) -> tuple[Tensor, ...]:
         inputs = [t.detach()[:rows].requires_grad_() for t in both]

@@ -23,16 +23,6 @@ inline int64_t visible_keys(const CrossAttention& s, const KeyBlock& block, int6
   return n < 0 ? 0 : n < block.count ? n : block.count;
 }
 
-template <class F>
-inline F max_lanes(Vec<F> v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(F) == 4) return _mm512_reduce_max_ps((__m512)v);
-#endif
-  F best = v[0];
-  for (int i = 1; i < kLanes<F>; ++i) best = v[i] > best ? v[i] : best;
-  return best;
-}
-
 // Additive bias of a row in units of log 2: the mask of (batch b, head h, query i) over the block.
 template <class F>
 inline void load_bias(F* bias, const MaskView& mask, const KeyBlock& block, int64_t b, int64_t h, int64_t i) {

@@ -24,13 +24,6 @@ inline void along(const F* p, const F* q, int64_t begin, int64_t end, const Body
   if (i < end) body(load_part(p + i, end - i, -kInf<F>), load_part(q + i, end - i, -kInf<F>), i, end - i);
 }
 
-template <class F>
-F largest_lane(Vec<F> v) {
-  F m = -kInf<F>;
-  for (int i = 0; i < kLanes<F>; ++i) m = v[i] > m ? v[i] : m;
-  return m;
-}
-
 // Adds up body's vectors over two rows, each vector component by component: floats inside a block of vectors, doubles between
 // blocks.
 template <int kSums, class F, class Body>
@@ -42,7 +35,7 @@ inline void sum_along(const F* p, const F* q, int64_t n, double (&total)[kSums],
     const int64_t left = n - first;
     along<F>(p, q, first, first + (left < kBlock ? left : kBlock),
              [&](Vec<F> x, Vec<F> y, int64_t i, int64_t) { body(x, y, i, sum); });
-    for (int k = 0; k < kSums; ++k) total[k] += double(sum_lanes<F>(sum[k]));
+    IUMAD_UNROLL for (int k = 0; k < kSums; ++k) total[k] += double(sum_lanes<F>(sum[k]));
   }
 }
 
@@ -50,17 +43,17 @@ inline double inverse(double sum) { return sum == 0 ? 0 : 1 / sum; }  // a row w
 inline double log_or_zero(double sum) { return sum == 0 ? 0 : __builtin_log(sum); }
 
 // Memory a row's neighbours will be read from and its gradients written to: the lines at the column in hand are asked for, since
-// rows of a few KiB end before the hardware has seen where they lead. Any of them may be null.
+// rows of a few KiB end before the hardware has seen where they lead.
 template <class F>
 struct Ahead {
   static constexpr int64_t kMostBytes = 8192;
-  const F *p = nullptr, *q = nullptr, *dp = nullptr, *dq = nullptr;
+  const F *p, *q, *dp, *dq;
 
   __attribute__((always_inline)) void operator()(int64_t i) const {
-    if (p) __builtin_prefetch(p + i);
-    if (q) __builtin_prefetch(q + i);
-    if (dp) __builtin_prefetch(dp + i, 1);
-    if (dq) __builtin_prefetch(dq + i, 1);
+    __builtin_prefetch(p + i);
+    __builtin_prefetch(q + i);
+    __builtin_prefetch(dp + i, 1);
+    __builtin_prefetch(dq + i, 1);
   }
 };
 
@@ -140,8 +133,8 @@ KLRowLosses forward_row(const KLBottleneck& k, const RowPair<F>& r, const Ahead<
     q_max = y > q_max ? y : q_max;
   });
   const auto finite_or_zero = [](F m) { return m == -kInf<F> ? F(0) : m; };
-  stats.p_max = finite_or_zero(largest_lane<F>(p_max));
-  stats.q_max = finite_or_zero(largest_lane<F>(q_max));
+  stats.p_max = finite_or_zero(max_lanes<F>(p_max));
+  stats.q_max = finite_or_zero(max_lanes<F>(q_max));
 
   const V pm = broadcast(stats.p_max), qm = broadcast(stats.q_max), c = broadcast(F(kLog2E<double> / k.temperature));
   double sum[3];
@@ -215,29 +208,15 @@ constexpr int64_t kStreamedBytes = 8 << 20;
 // Those that are written where they belong, not by way of a buffer.
 template <class F>
 bool are_streamed(const KLBottleneck& k, const KLGradients& d) {
-  const auto in_place = [](const RowsView& v) { return v.data != nullptr && is_plain<F>(v); };
-  return k.rows * k.classes * int64_t(sizeof(F)) * (in_place(d.p) + in_place(d.q)) > kStreamedBytes;
+  const auto here = [](const RowsView& v) { return v.data == nullptr || is_plain<F>(v); };
+  return here(d.p) && here(d.q) &&
+         k.rows * k.classes * int64_t(sizeof(F)) * ((d.p.data != nullptr) + (d.q.data != nullptr)) > kStreamedBytes;
 }
 
-// Vectors of a row of gradients on their way to memory.
 template <class F>
-class RowWriter {
- public:
-  RowWriter(F* row, bool streamed, int64_t label)
-      : row_(row), streamed_(streamed && reinterpret_cast<uintptr_t>(row) % kVectorBytes == 0), label_(label) {}
-
-  void operator()(int64_t i, Vec<F> v, int64_t lanes) const {
-    if (lanes < kLanes<F>) return store_part<F>(row_ + i, v, lanes);
-    const bool has_label = uint64_t(label_ - i) < uint64_t(lanes);  // and is changed again
-    if (streamed_ && !has_label) return stream<F>(row_ + i, v);
-    store<F>(row_ + i, v);
-  }
-
- private:
-  F* row_;
-  bool streamed_;
-  int64_t label_;
-};
+bool is_aligned(const F* row) {
+  return reinterpret_cast<uintptr_t>(row) % kVectorBytes == 0;
+}
 
 template <class F, bool kNeedP, bool kNeedQ>
 void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>& r, const RowStats<F>& s, double gradient, F* dp,
@@ -250,11 +229,24 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
   // At T = 1 the cross-entropies share the softmax of the divergence and cost nothing but these constants.
   const bool share = r.label >= 0 && k.temperature == 1;
   const double p_ce = share ? d.p_cross_entropy : 0, q_ce = share ? d.q_cross_entropy : 0;
-  const auto exp_p = [&](V x, int64_t i) { return r.exp_p ? load(r.exp_p + i) : exp2_product<F>(x, c); };
-  const auto exp_q = [&](V y, int64_t i) { return r.exp_q ? load(r.exp_q + i) : exp2_product<F>(y, c); };
+  const F *const saved_p = r.exp_p, *const saved_q = r.exp_q;
+  const auto exp_p = [=](V x, int64_t i) { return saved_p ? load(saved_p + i) : exp2_product<F>(x, c); };
+  const auto exp_q = [=](V y, int64_t i) { return saved_q ? load(saved_q + i) : exp2_product<F>(y, c); };
   const bool added_to = r.label >= 0 && !share;  // by the cross-entropies, in a second pass
-  const bool streamed = are_streamed<F>(k, d) && !added_to;
-  const RowWriter<F> put_p(dp, streamed && is_plain<F>(d.p), r.label), put_q(dq, streamed && is_plain<F>(d.q), r.label);
+  const bool streamed = are_streamed<F>(k, d) && !added_to && is_aligned(dp) && is_aligned(dq);
+  const int64_t with_label = r.label < 0 ? -1 : r.label / kLanes<F> * kLanes<F>;  // the vector that is changed again
+  const auto put = [=](int64_t i, int64_t lanes, V vp, V vq) {
+    if (lanes < kLanes<F>) {
+      if constexpr (kNeedP) store_part<F>(dp + i, vp, lanes);
+      if constexpr (kNeedQ) store_part<F>(dq + i, vq, lanes);
+    } else if (streamed && i != with_label) {
+      if constexpr (kNeedP) stream<F>(dp + i, vp);
+      if constexpr (kNeedQ) stream<F>(dq + i, vq);
+    } else {
+      if constexpr (kNeedP) store<F>(dp + i, vp);
+      if constexpr (kNeedQ) store<F>(dq + i, vq);
+    }
+  };
 
   if (k.beta == 0) {
     const double log_ratio = s.q_scale > 0 && s.p_scale > 0 ? __builtin_log(double(s.q_scale) / double(s.p_scale)) : 0;
@@ -262,12 +254,14 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
     const V a = broadcast(F(p_slope / k.temperature));
     const V b = broadcast(F(p_ce - (p_slope == 0 ? 0 : p_slope * (double(s.p_divergence) + log_ratio))));
     const V e = broadcast(F((s.p_scale == 0 ? 0 : slope) + q_ce)), f = broadcast(F(s.q_scale == 0 ? 0 : slope));
-    along<F>(r.p, r.q, 0, r.n, [&](V x, V y, int64_t i, int64_t lanes) {
+    along<F>(r.p, r.q, 0, r.n, [=](V x, V y, int64_t i, int64_t lanes) {
       x -= pm;
       y -= qm;
       const V p = exp_p(x, i) * one_p;
-      if constexpr (kNeedP) put_p(i, p * fma(a, zero_where_dead<F>(x, zero_where_dead<F>(y, x - y)), b), lanes);
-      if constexpr (kNeedQ) put_q(i, fma(exp_q(y, i) * one_q, e, -p * f), lanes);
+      V vp{}, vq{};
+      if constexpr (kNeedP) vp = p * fma(a, zero_where_dead<F>(x, zero_where_dead<F>(y, x - y)), b);
+      if constexpr (kNeedQ) vq = fma(exp_q(y, i) * one_q, e, -p * f);
+      put(i, lanes, vp, vq);
     });
   } else {
     const Mixture<F> mixture(k.beta);
@@ -276,18 +270,14 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
     const V q_log = broadcast(F(s.q_scale == 0 ? 0 : -__builtin_log(double(s.q_scale))));
     const V a = broadcast(F(k.beta * p_slope)), b = broadcast(s.p_divergence), p_add = broadcast(F(p_ce));
     const V e = broadcast(F((1 - k.beta) * slope)), f = broadcast(s.q_divergence), q_add = broadcast(F(q_ce));
-    along<F>(r.p, r.q, 0, r.n, [&](V x, V y, int64_t i, int64_t lanes) {
+    along<F>(r.p, r.q, 0, r.n, [=](V x, V y, int64_t i, int64_t lanes) {
       x -= pm;
       y -= qm;
       const V log_p = x * t - p_log, log_q = y * t - q_log, log_m = mixture.log_m(log_p, log_q);
-      if constexpr (kNeedP) {
-        const V p = exp_p(x, i) * one_p;
-        put_p(i, p * fma(a, zero_where_dead<F>(x, log_p - log_m - b), p_add), lanes);
-      }
-      if constexpr (kNeedQ) {
-        const V q = exp_q(y, i) * one_q;
-        put_q(i, q * fma(e, zero_where_dead<F>(y, log_q - log_m - f), q_add), lanes);
-      }
+      V vp{}, vq{};
+      if constexpr (kNeedP) vp = exp_p(x, i) * one_p * fma(a, zero_where_dead<F>(x, log_p - log_m - b), p_add);
+      if constexpr (kNeedQ) vq = exp_q(y, i) * one_q * fma(e, zero_where_dead<F>(y, log_q - log_m - f), q_add);
+      put(i, lanes, vp, vq);
     });
   }
 
@@ -315,15 +305,23 @@ void put_gradients(const KLBottleneck& k, const KLGradients& d, RowReader<F>& re
   if (dq) write_row<F>(d.q, row, k.classes, dq);
 }
 
-// What lies ahead of a row that is not the last.
+// What lies ahead of row `row`, r; what is in the cache anyway where nothing does, for asking costs less than not asking.
 template <class F>
-Ahead<F> ahead_of(const KLBottleneck& k, const KLGradients* d, int64_t row) {
-  if (k.classes * int64_t(sizeof(F)) > Ahead<F>::kMostBytes) return {};
-  const auto place = [](const RowsView& v, int64_t at) -> const F* {
-    return v.data && is_plain<F>(v) ? static_cast<const F*>(v.data) + v.offset(at) : nullptr;
+Ahead<F> ahead_of(const KLBottleneck& k, const KLGradients* d, int64_t row, int64_t end, const RowPair<F>& r) {
+  Ahead<F> ahead{r.p, r.q, r.exp_p, r.exp_q};
+  if (k.classes * int64_t(sizeof(F)) > Ahead<F>::kMostBytes) return ahead;
+  const auto place = [](const F*& p, const RowsView& v, int64_t at) {
+    if (v.data && is_plain<F>(v)) p = static_cast<const F*>(v.data) + v.offset(at);
   };
-  const bool stored = d && !are_streamed<F>(k, *d);
-  return {place(k.p, row + 1), place(k.q, row + 1), stored ? place(d->p, row) : nullptr, stored ? place(d->q, row) : nullptr};
+  if (row + 1 < end) {
+    place(ahead.p, k.p, row + 1);
+    place(ahead.q, k.q, row + 1);
+  }
+  if (d && !are_streamed<F>(k, *d)) {
+    place(ahead.dp, d->p, row);
+    place(ahead.dq, d->q, row);
+  }
+  return ahead;
 }
 
 template <class F>
@@ -335,7 +333,7 @@ void forward(const KLBottleneck& k, KLRowLosses* losses, const KLGradients* d, i
     losses[row] = {};
     if (reader.taken > 0) {
       r.exp_p = reader.exp_p, r.exp_q = reader.exp_q;
-      losses[row] = forward_row<F>(k, r, row + 1 < end ? ahead_of<F>(k, d, row) : Ahead<F>{}, stats);
+      losses[row] = forward_row<F>(k, r, ahead_of<F>(k, d, row, end, r), stats);
     }
     losses[row].taken = double(reader.taken);
     stats.taken = F(reader.taken);

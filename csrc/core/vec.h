@@ -121,6 +121,20 @@ inline F sum_lanes(Vec<F> v) {
   return s[0];
 }
 
+// The largest lane, of lanes none of which is NaN.
+template <class F>
+inline F max_lanes(Vec<F> v) {
+  constexpr int n = kLanes<F>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 4) return _mm512_reduce_max_ps((__m512)v);
+#endif
+  F m[n];
+  store<F>(m, v);
+  for (int width = n / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) m[i] = m[i] > m[i + width] ? m[i] : m[i + width];
+  return m[0];
+}
+
 namespace detail {
 
 // One butterfly stage of the transposition: which lanes of the concatenation (x, y) a row takes.

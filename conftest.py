@@ -39,6 +39,17 @@ def isa(request: pytest.FixtureRequest):
 
 
 @pytest.fixture
+def bf16_unit(request: pytest.FixtureRequest):
+    """Runs the test with one kind of bfloat16 instructions (parametrize indirectly with names of _C.cpu_bf16_units())."""
+    from iumad_kernels import _C
+
+    before = _C.cpu_bf16()
+    _C.set_cpu_bf16(request.param)
+    yield request.param
+    _C.set_cpu_bf16(before)
+
+
+@pytest.fixture
 def real_data() -> Path:
     """The folder of real RGB + depth data; tests that use it skip where it is absent."""
     path = Path(os.environ.get("IUMAD_TEST_DATA", ROOT.parent / "shared/data"))

@@ -73,6 +73,6 @@ struct CrossAttentionKernels {
 };
 
 IUMAD_DECLARE_KERNELS(CrossAttentionKernels, cross_attention)
-IUMAD_DECLARE_BF16_KERNELS(CrossAttentionKernels, cross_attention)
+IUMAD_DECLARE_BF16_KERNELS(CrossAttentionKernels, cross_attention, amx)
 
 }  // namespace iumad

@@ -10,8 +10,8 @@ Isa current_isa();
 void set_isa(Isa isa);  // for tests and benchmarks; must be supported
 const char* isa_name(Isa isa);
 
-// Instructions that multiply bfloat16 matrices, used by the kernels that have a form for them while the instruction set is
-// AVX-512.
+// Instructions that multiply bfloat16 matrices and convert to bfloat16, used by the kernels that have a form for them while the
+// instruction set is AVX-512.
 enum class Bf16 { kNone, kAvx512, kAmx };
 
 bool bf16_supported(Bf16 unit);  // for AMX this includes the operating system's permission, asked for here
@@ -42,26 +42,27 @@ const char* bf16_name(Bf16 unit);
         return baseline::name;            \
     }                                     \
   }
-// The same for bfloat16 tensors: avx512_bf16::NAME, amx::NAME, and NAME_bf16_kernels().
-#define IUMAD_DECLARE_BF16_KERNELS(Type, name) \
-  namespace avx512_bf16 {                      \
-  extern const Type name;                      \
-  }                                            \
-  namespace amx {                              \
-  extern const Type name;                      \
-  }                                            \
-  inline const Type& name##_bf16_kernels() {   \
-    switch (current_bf16()) {                  \
-      case Bf16::kAmx:                         \
-        return amx::name;                      \
-      case Bf16::kAvx512:                      \
-        return avx512_bf16::name;              \
-      default:                                 \
-        return name##_kernels();               \
-    }                                          \
+// The same for bfloat16 tensors: avx512_bf16::NAME, for_amx::NAME (for_amx is amx where the kernel has a form for its tiles, else
+// avx512_bf16), and NAME_bf16_kernels().
+#define IUMAD_DECLARE_BF16_KERNELS(Type, name, for_amx) \
+  namespace avx512_bf16 {                               \
+  extern const Type name;                               \
+  }                                                     \
+  namespace for_amx {                                   \
+  extern const Type name;                               \
+  }                                                     \
+  inline const Type& name##_bf16_kernels() {            \
+    switch (current_bf16()) {                           \
+      case Bf16::kAmx:                                  \
+        return for_amx::name;                           \
+      case Bf16::kAvx512:                               \
+        return avx512_bf16::name;                       \
+      default:                                          \
+        return name##_kernels();                        \
+    }                                                   \
   }
 #else
-#define IUMAD_DECLARE_BF16_KERNELS(Type, name) \
+#define IUMAD_DECLARE_BF16_KERNELS(Type, name, for_amx) \
   inline const Type& name##_bf16_kernels() { return name##_kernels(); }
 #define IUMAD_DECLARE_KERNELS(Type, name) \
   namespace baseline {                    \

@@ -60,9 +60,9 @@ struct ForwardScratch {
 // Advances `kStates` states, the first of which A and h point to, through the tokens of a tile, calling also(t) for every token.
 // What they add to p.y goes to out[offset[t]]. A function of its own so that the registers are all its own; several decays before
 // their states, for one's arithmetic is a single long chain.
-template <int kStates, class F, class BAt, class CAt, class Also>
+template <int kStates, class F, class BAt, class CAt, class T, class Also>
 __attribute__((noinline)) void scan_tile(const F* A, F* h, const Prepared<F>& p, int count, const BAt& B, const CAt& C,
-                                         int64_t first, F* out, const int64_t* offset, Also also) {
+                                         int64_t first, T* out, const int64_t* offset, Also also) {
   constexpr int V = kLanes<F>, kMost = kVectorBytes == 64 ? 4 : 2, kTogether = kStates < kMost ? kStates : kMost;
   Vec<F> state[kStates];
   IUMAD_UNROLL for (int n = 0; n < kStates; ++n) state[n] = load(h + n * V);
@@ -79,7 +79,7 @@ __attribute__((noinline)) void scan_tile(const F* A, F* h, const Prepared<F>& p,
         sum = fma(state[n + i], C.value(c, n + i), sum);
       }
     }
-    store<F>(out + offset[t], sum);
+    store_lanes(out + offset[t], sum);
   }
   IUMAD_UNROLL for (int n = 0; n < kStates; ++n) store<F>(h + n * V, state[n]);
 }
@@ -213,7 +213,7 @@ void scan_tokens(const SelectiveScan& s, int64_t k, const ScanDirection& directi
   constexpr int V = kLanes<F>;
   const int64_t batch = m.block[0].batch, block_size = s.states * V;
   const bool again = k > 0 && s.order.overlaps();  // an earlier direction has written these pixels
-  const bool plain = !s.z.data && !again && s.out.dtype == kDTypeOf<F>;
+  const bool plain = !s.z.data && !again;
   const int tokens = s.tile_states ? kTile : kMostTokens;
   ForwardTile tile(s, TokenTile(direction, 0, tokens), batch, k);
   prepare<F>(s, k, tile, m.block[0], m.next, m);
@@ -245,10 +245,12 @@ void scan_tokens(const SelectiveScan& s, int64_t k, const ScanDirection& directi
       for_state_runs<kRun>(s.states, [&](auto run, int64_t n) {
         constexpr int kStates = decltype(run)::value;
         const bool out_now = finishes && n + kStates == s.states;
-        F* y = out_now ? reinterpret_cast<F*>(tile.out.block(m.block[i])) : m.now.y;
-        const int64_t* offset = out_now ? tile.out.offset : m.dense;
         const auto scan = [&](auto also) {
-          scan_tile<kStates, F>(A + n * V, h + n * V, m.now, tile.tokens.count, B, C, n, y, offset, also);
+          const auto to = [&](auto* y, const int64_t* offset) {
+            scan_tile<kStates, F>(A + n * V, h + n * V, m.now, tile.tokens.count, B, C, n, y, offset, also);
+          };
+          if (!out_now) return to(m.now.y, m.dense);
+          visit<F>(s.out.dtype, tile.out.block(m.block[i]), [&](auto* y) { to(y, tile.out.offset); });
         };
         if (n == 0) {
           scan([ u, delta, z, out ](int t) __attribute__((always_inline)) {

@@ -82,5 +82,6 @@ struct SelectiveScanKernels {
 };
 
 IUMAD_DECLARE_KERNELS(SelectiveScanKernels, selective_scan)
+IUMAD_DECLARE_BF16_KERNELS(SelectiveScanKernels, selective_scan, avx512_bf16)
 
 }  // namespace iumad

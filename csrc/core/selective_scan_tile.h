@@ -85,8 +85,13 @@ struct TileView {
     const int64_t size = size_of(v.dtype), last = count > 0 ? count - 1 : 0;
     if (v.channel == 1) {
       for (int t = 0; t < kMostTokens; ++t) line[t] = offset[t < last ? t : last] * size;
-    } else {  // a line per channel: the last token's, for the first token's may have come with the tile before
-      for (int t = 0; t < kMostTokens; ++t) line[t] = (offset[last] + t * v.channel) * size;
+    } else {  // the last token's of every channel, then the line before, ...: the first may have come with the tile before
+      constexpr int64_t kLine = 64;
+      const int lanes = kVectorBytes / (v.dtype == DType::kFloat64 ? 8 : 4);
+      for (int t = 0; t < kMostTokens; ++t) {
+        const int64_t before = t / lanes * (kLine / size);
+        line[t] = (offset[before < last ? last - before : 0] + t % lanes * v.channel) * size;
+      }
     }
   }
 

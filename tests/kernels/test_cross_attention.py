@@ -17,14 +17,6 @@ ISAS = _C.cpu_isas()
 HALVES = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture
-def bf16_unit(request: pytest.FixtureRequest):
-    before = _C.cpu_bf16()
-    _C.set_cpu_bf16(request.param)
-    yield request.param
-    _C.set_cpu_bf16(before)
-
-
 def rms(got: Tensor, want: Tensor) -> float:
     difference = (got.double() - want.double()).norm()
     return (difference / want.double().norm().clamp_min(1e-30)).item()

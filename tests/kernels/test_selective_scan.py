@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scan_inputs import FORWARD, ISAS, compare, grads, inputs, rms
 from torch import Tensor
 
-from iumad_kernels import reference, selective_scan
+from iumad_kernels import _C, reference, selective_scan
 
 
 @ISAS
@@ -59,14 +59,40 @@ def test_optional_arguments(isa: str, optional: str, flags: dict[str, bool]) -> 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("states", [3, 16, 37])
 def test_low_precision(isa: str, dtype: torch.dtype, states: int) -> None:
-    for layout in (False, True):
-        arguments = inputs(2, 33, 35, states)
-        if layout:
-            arguments = {
-                k: t.transpose(1, 2).contiguous().transpose(1, 2) if t.dim() == 3 else t
-                for k, t in arguments.items()
-            }
+    compare_low_precision(dtype, states)
+
+
+def compare_low_precision(dtype: torch.dtype, states: int) -> None:
+    """With a gate and without, when results are stored by the recurrence itself."""
+    for optional in ("D delta_bias", "D z delta_bias initial_state"):
+        arguments = inputs(2, 33, 35, states, optional=optional)
+        channels_last = {n: layouts(t)["channels-last"] if t.dim() == 3 else t for n, t in arguments.items()}
         compare(arguments, dtype, delta_softplus=True)
+        compare(channels_last, dtype, delta_softplus=True)
+
+
+@pytest.mark.parametrize("bf16_unit", _C.cpu_bf16_units(), indirect=True)
+@pytest.mark.parametrize("states", [3, 16, 37])
+def test_bfloat16_units(bf16_unit: str, states: int) -> None:
+    compare_low_precision(torch.bfloat16, states)
+
+
+def test_bfloat16_units_give_the_same_bits() -> None:
+    arguments = {
+        n: layouts(t)["channels-last"] if t.dim() == 3 else t for n, t in inputs(2, 48, 35, 16).items()
+    }
+    low = {
+        n: t.bfloat16() if t.dim() == 3 and n != "initial_state" else t.float() for n, t in arguments.items()
+    }
+    before, results = _C.cpu_bf16(), []
+    try:
+        for unit in _C.cpu_bf16_units():
+            _C.set_cpu_bf16(unit)
+            out, gradients = grads(selective_scan, low, [torch.ones(2, 48, 35)], delta_softplus=True)
+            results.append((*out, *gradients))
+    finally:
+        _C.set_cpu_bf16(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
 def test_low_precision_input_with_float32_delta() -> None:

@@ -15,7 +15,7 @@ constexpr int64_t kTasksWanted = 64;  // of backward, so that many cores are bus
 // Bytes of channels taken together. Tensors used where they are: long stretches, for the hardware's prefetching. Others go
 // through scratch: where channels are side by side still several cache lines at a time (single lines, a whole feature row apart,
 // would wait for memory one by one), where pixels are as few as possible, so that a tile stays in the first-level cache.
-constexpr int64_t kChunkInPlace = 1024, kChunkStaged = 256, kChunkTransposed = kVectorBytes;
+constexpr int64_t kChunkInPlace = 512, kChunkStaged = 256, kChunkTransposed = kVectorBytes;
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -405,9 +405,13 @@ def _keep(ctx: Any, flags: tuple[Any, ...], *tensors: Tensor | None) -> None:
 def _run(op: Any, function: Any, p: Tensor, q: Tensor, *rest: Any) -> Any:
     """The op's losses, without its statistics."""
     needs_grad = may_need_gradients(p, q)
-    if needs_grad and not recorded():
+    if recorded():
+        *losses, _ = op(p, q, *rest, needs_grad)
+    elif needs_grad:
         return function.apply(p, q, *rest)
-    *losses, _ = op(p, q, *rest, needs_grad)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            *losses, _ = op(p, q, *rest, False)
     return losses[0] if len(losses) == 1 else losses
 
 

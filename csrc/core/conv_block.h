@@ -170,10 +170,10 @@ inline void for_blocks(const Rect& out, Visitor&& f) {
 // the taps on `in`, where tap (i, j) of output (r, c) meets pixel (r stride - up + i, c stride - before + j).
 template <class F, class K, class Taps, class Finish>
 inline void convolve(const Pixels<F>& in, const Bounds& bounds, const K& kernel, int64_t up, int64_t before, const F* weight,
-                     const F* bias, const Rect& out, int vectors, const Taps& taps, const Finish& finish) {
+                     const F* bias, const Rect& out, int vectors, bool far, const Taps& taps, const Finish& finish) {
   constexpr int V = kLanes<F>, kStride = K::kStride;
   // Past the rows that this block's kernel reads, or past its columns.
-  const int64_t further = ahead(in, out, kernel.rows() - up, K::kBlockColumns * kStride);
+  const int64_t further = ahead(in, out, kernel.rows() - up, K::kBlockColumns * kStride, far);
   for_blocks<K::kBlockRows, K::kBlockColumns>(out, [&](auto rows, auto columns, int64_t r, int64_t c) {
     constexpr int kRows = decltype(rows)::value, kRun = decltype(columns)::value;
     const Window<F> window(in, bounds, r * kStride - up, c * kStride - before);

@@ -121,10 +121,19 @@ struct Pixels {
   F* at(int64_t r, int64_t c) const { return first + (r - first_row) * row + (c - first_column) * column; }
 };
 
+// Whether tensors are too large, together, to be in a core's share of the caches still.
+inline bool are_far(const DepthwiseConv2d& s, int64_t inputs, int64_t results) {
+  constexpr int64_t kNearBytes = int64_t(6) << 20;
+  const int64_t pixels = inputs * s.height * s.width + results * s.out_height() * s.out_width();
+  return s.batch * s.channels * pixels * size_of(s.x.dtype) > kNearBytes;
+}
+
 // From a pixel to the one that a loop over blocks of rows x columns comes to next, in a rectangle: below or, in a single row, to
-// the right. Memory is asked for this far ahead, at most one cache line per result, for bursts would wait for each other.
+// the right. Memory is asked for this far ahead, at most one cache line per result, for bursts would wait for each other. What is
+// near is asked for where it is needed at once: asking ahead would take longer than waiting.
 template <class F>
-inline int64_t ahead(const Pixels<F>& p, const Rect& r, int64_t rows, int64_t columns) {
+inline int64_t ahead(const Pixels<F>& p, const Rect& r, int64_t rows, int64_t columns, bool far) {
+  if (!far) return 0;
   return r.rows > 1 ? rows * p.row : columns * p.column;
 }
 

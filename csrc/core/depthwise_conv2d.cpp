@@ -191,15 +191,16 @@ void forward(const DepthwiseConv2d& s, const K& kernel, int64_t begin, int64_t e
   Scratch memory(2 * Tile<F>::bytes(pixels, vectors));
   Tile<F> x_tile(memory, pixels, vectors), out_tile(memory, pixels, vectors);
   const Filters<F> filters(s, 0, s.channels);
+  const bool far = are_far(s, 1, 1);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t item = task / chunks.count();
     const Chunk k = chunks.chunk(item / tiling.count(), task % chunks.count());
     const Rect tile = tiling.tile(s, item % tiling.count());
     const Pixels<F> x = x_tile.read_x(s, k, inputs_of(s, tile)), out = out_tile.write(s.out, k, tile);
-    const int64_t further = ahead(out, tile, K::kBlockRows, K::kBlockColumns);
+    const int64_t further = ahead(out, tile, K::kBlockRows, K::kBlockColumns, far);
     with_taps(s, kernel, k.batch, [&](const auto& taps) {
       convolve<F>(x, image(s), kernel, s.pad_top, s.pad_left, filters.weight + k.channel * filters.taps, filters.bias + k.channel,
-                  tile, k.vectors<F>(), taps, [&, gated = s.silu](int64_t r, int64_t c, int n, const F* z, auto run) {
+                  tile, k.vectors<F>(), far, taps, [&, gated = s.silu](int64_t r, int64_t c, int n, const F* z, auto run) {
                     constexpr int kRun = decltype(run)::value;
                     F* p = out.at(r, c) + n * out.vector;
                     fetch_run<kRun, 1>(p + further, out.column);
@@ -261,13 +262,14 @@ Pixels<F> output_gradient(const DepthwiseConv2d& s, const Rect& out, const Chunk
                           const Pixels<F>& x, const Pixels<F>& dout, const Filters<F>& filters, Tile<F>& tile) {
   const Pixels<F> dz = in_scratch(tile.pixels, tile.plane, out);
   const int vectors = k.vectors<F>();
-  const int64_t further = ahead(dout, out, K::kBlockRows, K::kBlockColumns);
+  const bool far = are_far(s, 2, 1);
+  const int64_t further = ahead(dout, out, K::kBlockRows, K::kBlockColumns, far);
   const auto skip = [&](F* to, int64_t c, int count) {
     for (int t = 0; t < count; ++t)
       if (taps.skipped(c + t)) store<F>(to + t * dz.column, Vec<F>{});
   };
   if (s.silu) {
-    convolve<F>(x, image(s), kernel, s.pad_top, s.pad_left, filters.weight, filters.bias, out, vectors, taps,
+    convolve<F>(x, image(s), kernel, s.pad_top, s.pad_left, filters.weight, filters.bias, out, vectors, far, taps,
                 [&](int64_t r, int64_t c, int n, const F* z, auto run) {
                   constexpr int kRun = decltype(run)::value;
                   const F* from = dout.at(r, c) + n * dout.vector;
@@ -325,7 +327,7 @@ void input_gradient(const DepthwiseConv2d& s, const BackwardTile& t, const Chunk
                                     dweight + first,
                                     plane,
                                     column,
-                                    ahead(every(dx, s.stride, row, column), t.inputs, 1, K::kBlockColumns)};
+                                    ahead(every(dx, s.stride, row, column), t.inputs, 1, K::kBlockColumns, are_far(s, 2, 1))};
     differentiate(phase_kernel(kernel, rows, columns), gradients,
                   {rows.begin, columns.begin, rows.end - rows.begin, columns.end - columns.begin}, k.vectors<F>(), taps);
     first += rows.taps * columns.taps * kLanes<F>;

@@ -155,12 +155,11 @@ KLRowLosses forward_row(const KLBottleneck& k, const RowPair<F>& r, const Ahead<
 
   KLRowLosses loss{};
   if (k.beta == 0) {
-    // sum p (x - y) / T + log of the masses' ratio; not finite where something in the rows is not.
-    const double mean = sum[2] * inverse(p_mass) / k.temperature;
-    loss.divergence = p_mass == 0 ? 0 : mean + log_or_zero(q_mass / p_mass);
+    // sum p (x - y) / T - (log of the one mass - log of the other); not finite where something in the rows is not.
+    loss.divergence = p_mass == 0 ? 0 : sum[2] * inverse(p_mass) / k.temperature - log_or_zero(p_mass) + log_or_zero(q_mass);
     if (!(__builtin_fabs(loss.divergence) < __builtin_inf()) && p_mass == p_mass && q_mass == q_mass && r.q_misses_mass())
       loss.divergence = __builtin_inf();
-    stats.p_divergence = loss.divergence == __builtin_inf() ? kInf<F> : F(mean);
+    stats.p_divergence = F(loss.divergence);
     stats.q_divergence = 0;
   } else {
     const Mixture<F> mixture(k.beta);
@@ -250,9 +249,10 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
   };
 
   if (k.beta == 0) {
+    const double log_ratio = s.q_scale > 0 && s.p_scale > 0 ? __builtin_log(double(s.q_scale) / double(s.p_scale)) : 0;
     // dP = p (a (x - y) + b),  dQ = q e - p f
     const V a = broadcast(F(p_slope / k.temperature));
-    const V b = broadcast(F(p_ce - (p_slope == 0 ? 0 : p_slope * double(s.p_divergence))));
+    const V b = broadcast(F(p_ce - (p_slope == 0 ? 0 : p_slope * (double(s.p_divergence) + log_ratio))));
     const V e = broadcast(F((s.p_scale == 0 ? 0 : slope) + q_ce)), f = broadcast(F(s.q_scale == 0 ? 0 : slope));
     along<F>(r.p, r.q, 0, r.n, [=](V x, V y, int64_t i, int64_t lanes) {
       x -= pm;

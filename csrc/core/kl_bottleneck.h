@@ -39,10 +39,9 @@ constexpr int kKLStats = 9;
 template <class F>
 struct RowStats {
   F p_max, p_scale, q_max, q_scale;  // p_j = exp((P_j - p_max) / T) * p_scale; the scale of a row without mass is 0
-  F p_divergence,
-      q_divergence;          // KL[p || q] without the logarithm of the scales' ratio, and unused; or KL[p || m] and KL[q || m]
-  F p_scale_ce, q_scale_ce;  // the scales at T = 1
-  F taken;                   // classes that take part; 0 drops the row from every mean
+  F p_divergence, q_divergence;      // KL[p || q] and unused, or KL[p || m] and KL[q || m]
+  F p_scale_ce, q_scale_ce;          // the scales at T = 1
+  F taken;                           // classes that take part; 0 drops the row from every mean
 };
 
 struct KLRowLosses {  // of one row; cross-entropies are 0 without labels, everything is 0 for a row that takes no part

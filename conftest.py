@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,26 +28,26 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def _chosen(what: str, name: str) -> Iterator[str]:
+    """Chooses the kernels of an instruction set ("cpu_isa") or kind of bfloat16 instructions ("cpu_bf16") for a while."""
+    from iumad_kernels import _C
+
+    choose, before = getattr(_C, f"set_{what}"), getattr(_C, what)()
+    choose(name)
+    yield name
+    choose(before)
+
+
 @pytest.fixture
 def isa(request: pytest.FixtureRequest):
     """Runs the test with the kernels of one instruction set (parametrize indirectly with names of _C.cpu_isas())."""
-    from iumad_kernels import _C
-
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(before)
+    yield from _chosen("cpu_isa", request.param)
 
 
 @pytest.fixture
 def bf16_unit(request: pytest.FixtureRequest):
     """Runs the test with one kind of bfloat16 instructions (parametrize indirectly with names of _C.cpu_bf16_units())."""
-    from iumad_kernels import _C
-
-    before = _C.cpu_bf16()
-    _C.set_cpu_bf16(request.param)
-    yield request.param
-    _C.set_cpu_bf16(before)
+    yield from _chosen("cpu_bf16", request.param)
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ struct Pixels {
   F* at(int64_t r, int64_t c) const { return first + (r - first_row) * row + (c - first_column) * column; }
 };
 
-// Whether tensors are too large, together, to be in a core's share of the caches still.
+// Whether tensors of so many inputs' and results' sizes are too large, together, to be in a core's share of the caches still.
 inline bool are_far(const DepthwiseConv2d& s, int64_t inputs, int64_t results) {
   constexpr int64_t kNearBytes = int64_t(6) << 20;
   const int64_t pixels = inputs * s.height * s.width + results * s.out_height() * s.out_width();

@@ -12,9 +12,10 @@ namespace {
 constexpr int64_t kTileBytes = int64_t(256) << 10, kTileRows = 8, kTransposedPixels = 256;
 constexpr int64_t kTasksWanted = 64;  // of backward, so that many cores are busy although a task walks many tiles
 
-// Bytes of channels taken together. Tensors used where they are: long stretches, for the hardware's prefetching. Others go
-// through scratch: where channels are side by side still several cache lines at a time (single lines, a whole feature row apart,
-// would wait for memory one by one), where pixels are as few as possible, so that a tile stays in the first-level cache.
+// Bytes of channels taken together. Tensors used where they are: long stretches, for the hardware's prefetching, but not so
+// long that backward's tiles leave the second-level cache (1 KiB was no faster forward). Others go through scratch: where
+// channels are side by side still several cache lines at a time (single lines, a whole feature row apart, would wait for memory
+// one by one), where pixels are as few as possible, so that a tile stays in the first-level cache.
 constexpr int64_t kChunkInPlace = 512, kChunkStaged = 256, kChunkTransposed = kVectorBytes;
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,6 +1,8 @@
 // One body per kernel, compiled once per instruction set; the best one this CPU has is chosen when the library is loaded.
 #pragma once
 
+#include "dtype.h"
+
 namespace iumad {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };  // kBaseline: SSE2 on x86-64, NEON on aarch64
@@ -42,28 +44,29 @@ const char* bf16_name(Bf16 unit);
         return baseline::name;            \
     }                                     \
   }
-// The same for bfloat16 tensors: avx512_bf16::NAME, for_amx::NAME (for_amx is amx where the kernel has a form for its tiles, else
-// avx512_bf16), and NAME_bf16_kernels().
-#define IUMAD_DECLARE_BF16_KERNELS(Type, name, for_amx) \
-  namespace avx512_bf16 {                               \
-  extern const Type name;                               \
-  }                                                     \
-  namespace for_amx {                                   \
-  extern const Type name;                               \
-  }                                                     \
-  inline const Type& name##_bf16_kernels() {            \
-    switch (current_bf16()) {                           \
-      case Bf16::kAmx:                                  \
-        return for_amx::name;                           \
-      case Bf16::kAvx512:                               \
-        return avx512_bf16::name;                       \
-      default:                                          \
-        return name##_kernels();                        \
-    }                                                   \
+// And a form for bfloat16 tensors: avx512_bf16::NAME, for_amx::NAME (for_amx is amx where the kernel has a form for its tiles,
+// else avx512_bf16), and the function NAME_kernels(dtype) that returns the one in use for tensors of that type.
+#define IUMAD_DECLARE_BF16_KERNELS(Type, name, for_amx)     \
+  namespace avx512_bf16 {                                   \
+  extern const Type name;                                   \
+  }                                                         \
+  namespace for_amx {                                       \
+  extern const Type name;                                   \
+  }                                                         \
+  inline const Type& name##_kernels(DType dtype) {          \
+    if (dtype != DType::kBFloat16) return name##_kernels(); \
+    switch (current_bf16()) {                               \
+      case Bf16::kAmx:                                      \
+        return for_amx::name;                               \
+      case Bf16::kAvx512:                                   \
+        return avx512_bf16::name;                           \
+      default:                                              \
+        return name##_kernels();                            \
+    }                                                       \
   }
 #else
 #define IUMAD_DECLARE_BF16_KERNELS(Type, name, for_amx) \
-  inline const Type& name##_bf16_kernels() { return name##_kernels(); }
+  inline const Type& name##_kernels(DType) { return name##_kernels(); }
 #define IUMAD_DECLARE_KERNELS(Type, name) \
   namespace baseline {                    \
   extern const Type name;                 \

@@ -205,7 +205,7 @@ void add_cross_entropy(F* dst, const F* row, F max, F scale, double factor, cons
 // Gradients of more bytes than this are gone from a core's share of the caches before anybody reads them.
 constexpr int64_t kStreamedBytes = 8 << 20;
 
-// Those that are written where they belong, not by way of a buffer.
+// All of them, if they are written where they belong, not by way of a buffer.
 template <class F>
 bool are_streamed(const KLBottleneck& k, const KLGradients& d) {
   const auto here = [](const RowsView& v) { return v.data == nullptr || is_plain<F>(v); };
@@ -229,6 +229,7 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
   // At T = 1 the cross-entropies share the softmax of the divergence and cost nothing but these constants.
   const bool share = r.label >= 0 && k.temperature == 1;
   const double p_ce = share ? d.p_cross_entropy : 0, q_ce = share ? d.q_cross_entropy : 0;
+  // The lambdas below hold copies: what they referred to would be read again after every store.
   const F *const saved_p = r.exp_p, *const saved_q = r.exp_q;
   const auto exp_p = [=](V x, int64_t i) { return saved_p ? load(saved_p + i) : exp2_product<F>(x, c); };
   const auto exp_q = [=](V y, int64_t i) { return saved_q ? load(saved_q + i) : exp2_product<F>(y, c); };
@@ -305,7 +306,7 @@ void put_gradients(const KLBottleneck& k, const KLGradients& d, RowReader<F>& re
   if (dq) write_row<F>(d.q, row, k.classes, dq);
 }
 
-// What lies ahead of row `row`, r; what is in the cache anyway where nothing does, for asking costs less than not asking.
+// What lies ahead of row `row`, r; where nothing does, what is in the cache anyway: asking for that costs less than a branch.
 template <class F>
 Ahead<F> ahead_of(const KLBottleneck& k, const KLGradients* d, int64_t row, int64_t end, const RowPair<F>& r) {
   Ahead<F> ahead{r.p, r.q, r.exp_p, r.exp_q};

@@ -108,31 +108,35 @@ inline Vec<F> minus_abs(Vec<F> x) {
   return (Vec<F>)((I)x | (I)broadcast(F(-0.0)));
 }
 
+namespace detail {
+
+// op(lane i, lane i + width) for halving widths, down to one lane.
+template <class F, class Op>
+inline F reduce_lanes(Vec<F> v, const Op& op) {
+  F s[kLanes<F>];
+  store<F>(s, v);
+  for (int width = kLanes<F> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) s[i] = op(s[i], s[i + width]);
+  return s[0];
+}
+
+}  // namespace detail
+
 template <class F>
 inline F sum_lanes(Vec<F> v) {
-  constexpr int n = kLanes<F>;
 #if defined(__AVX512F__)
   if constexpr (sizeof(F) == 4) return _mm512_reduce_add_ps((__m512)v);
 #endif
-  F s[n];
-  store<F>(s, v);
-  for (int width = n / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) s[i] += s[i + width];
-  return s[0];
+  return detail::reduce_lanes<F>(v, [](F a, F b) { return a + b; });
 }
 
 // The largest lane, of lanes none of which is NaN.
 template <class F>
 inline F max_lanes(Vec<F> v) {
-  constexpr int n = kLanes<F>;
 #if defined(__AVX512F__)
   if constexpr (sizeof(F) == 4) return _mm512_reduce_max_ps((__m512)v);
 #endif
-  F m[n];
-  store<F>(m, v);
-  for (int width = n / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) m[i] = m[i] > m[i + width] ? m[i] : m[i + width];
-  return m[0];
+  return detail::reduce_lanes<F>(v, [](F a, F b) { return a > b ? a : b; });
 }
 
 namespace detail {

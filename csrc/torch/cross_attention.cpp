@@ -47,10 +47,6 @@ CrossAttention describe(const Tensor& query, const Tensor& key, const Tensor& va
 
 ScalarType compute_type(const CrossAttention& s) { return s.is_double ? ScalarType::Double : ScalarType::Float; }
 
-const CrossAttentionKernels& kernels_for(const Tensor& query) {
-  return query.scalar_type() == ScalarType::BFloat16 ? cross_attention_bf16_kernels() : cross_attention_kernels();
-}
-
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                            const std::optional<Tensor>& mask, const std::optional<Tensor>& seed, double dropout_p,
                                            bool causal, double scale, bool need_weights) {
@@ -63,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& ke
   s.out = head_view(out);
   s.lse = lse.data_ptr();
   if (need_weights && weights.numel() > 0) s.weights = weights.data_ptr();
-  const CrossAttentionKernels& kernels = kernels_for(query);
+  const CrossAttentionKernels& kernels = cross_attention_kernels(dtype_of(query));
   parallel(kernels.forward_tasks(s), [&](int64_t begin, int64_t end) { kernels.forward(s, begin, end); });
   return {out, weights, lse};
 }
@@ -96,7 +92,7 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_wei
                    const Tensor& value, const std::optional<Tensor>& mask, const std::optional<Tensor>& seed, const Tensor& out,
                    const Tensor& lse, double dropout_p, bool causal, double scale, bool mask_grad) {
   CrossAttention s = describe(query, key, value, mask, seed, dropout_p, causal, scale);
-  const CrossAttentionKernels& kernels = kernels_for(query);
+  const CrossAttentionKernels& kernels = cross_attention_kernels(dtype_of(query));
   const ScalarType compute = compute_type(s);
   s.out = head_view(out);
   s.lse = lse.data_ptr();

@@ -13,12 +13,8 @@ Tensor new_tile_states(const SelectiveScan& s, const Tensor& u) {
   return s.dim % kScanChunk != 0 || uneven ? zeros(u, shape, compute_type(s)) : empty(u, shape, compute_type(s));
 }
 
-const SelectiveScanKernels& kernels_for(const SelectiveScan& s) {
-  return s.u.dtype == DType::kBFloat16 ? selective_scan_bf16_kernels() : selective_scan_kernels();
-}
-
 void run_forward(const SelectiveScan& s) {
-  const SelectiveScanKernels& kernels = kernels_for(s);
+  const SelectiveScanKernels& kernels = selective_scan_kernels(s.u.dtype);
   parallel(kernels.forward_tasks(s), [&](int64_t begin, int64_t end) { kernels.forward(s, begin, end); });
 }
 
@@ -56,7 +52,7 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_las
                    int64_t scheme, int64_t step, bool delta_softplus, bool has_initial_state) {
   SelectiveScan s = describe(u, delta, A, B, C, D, z, delta_bias, scheme, step, delta_softplus);
   s.tile_states = saved_states(tile_states);
-  const SelectiveScanKernels& kernels = kernels_for(s);
+  const SelectiveScanKernels& kernels = selective_scan_kernels(s.u.dtype);
   const bool sequence = is_sequence(u);
   const int64_t parts = kernels.backward_parts(s);
   const ScalarType compute = compute_type(s);

@@ -66,9 +66,8 @@ def compare_low_precision(dtype: torch.dtype, states: int) -> None:
     """With a gate and without, when results are stored by the recurrence itself."""
     for optional in ("D delta_bias", "D z delta_bias initial_state"):
         arguments = inputs(2, 33, 35, states, optional=optional)
-        channels_last = {n: layouts(t)["channels-last"] if t.dim() == 3 else t for n, t in arguments.items()}
         compare(arguments, dtype, delta_softplus=True)
-        compare(channels_last, dtype, delta_softplus=True)
+        compare(laid_out(arguments, "channels-last"), dtype, delta_softplus=True)
 
 
 @pytest.mark.parametrize("bf16_unit", _C.cpu_bf16_units(), indirect=True)
@@ -77,22 +76,18 @@ def test_bfloat16_units(bf16_unit: str, states: int) -> None:
     compare_low_precision(torch.bfloat16, states)
 
 
-def test_bfloat16_units_give_the_same_bits() -> None:
-    arguments = {
-        n: layouts(t)["channels-last"] if t.dim() == 3 else t for n, t in inputs(2, 48, 35, 16).items()
-    }
-    low = {
-        n: t.bfloat16() if t.dim() == 3 and n != "initial_state" else t.float() for n, t in arguments.items()
-    }
-    before, results = _C.cpu_bf16(), []
-    try:
-        for unit in _C.cpu_bf16_units():
-            _C.set_cpu_bf16(unit)
-            out, gradients = grads(selective_scan, low, [torch.ones(2, 48, 35)], delta_softplus=True)
-            results.append((*out, *gradients))
-    finally:
-        _C.set_cpu_bf16(before)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+@pytest.mark.parametrize("bf16_unit", _C.cpu_bf16_units(), indirect=True)
+def test_bfloat16_units_give_the_same_bits(bf16_unit: str) -> None:
+    arguments = laid_out(inputs(2, 48, 35, 16, optional="D delta_bias"), "channels-last")
+    low = {name: t.bfloat16() if t.dim() == 3 else t.float() for name, t in arguments.items()}
+
+    def run() -> list[Tensor]:
+        out, gradients = grads(selective_scan, low, [torch.ones(2, 48, 35)], delta_softplus=True)
+        return [*out, *gradients]
+
+    got = run()
+    _C.set_cpu_bf16("none")
+    assert all(torch.equal(a, b) for a, b in zip(got, run(), strict=True))
 
 
 def test_low_precision_input_with_float32_delta() -> None:
@@ -117,12 +112,15 @@ def layouts(t: Tensor) -> dict[str, Tensor]:
     }
 
 
+def laid_out(arguments: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """Those with tokens under the strides of ``layout``."""
+    return {name: layouts(t)[layout] if t.dim() == 3 else t for name, t in arguments.items()}
+
+
 @ISAS
 @pytest.mark.parametrize("layout", ["channels-last", "sliced", "batch-last"])
 def test_strides(isa: str, layout: str) -> None:
-    arguments = inputs(3, 32, 37, 16)
-    arguments = {name: layouts(t)[layout] if t.dim() == 3 else t for name, t in arguments.items()}
-    compare(arguments, delta_softplus=True)
+    compare(laid_out(inputs(3, 32, 37, 16), layout), delta_softplus=True)
 
 
 def test_expanded_inputs() -> None:

@@ -59,7 +59,7 @@ inline F scale_row(F* row, int64_t padded, int64_t visible, F factor, const F* b
   V best = lowest;
   const auto step = [&](int64_t j, V x) {
     store<F>(row + j, x);
-    best = x > best ? x : best;
+    best = larger<F>(x, best);
   };
   int64_t j = 0;
   if (bias) {
@@ -82,12 +82,12 @@ inline F max_row(F* row, int64_t padded, int64_t visible) {
   int64_t j = 0;
   for (; j + kLanes<F> <= visible; j += kLanes<F>) {
     const Vec<F> x = load(row + j);
-    best = x > best ? x : best;
+    best = larger<F>(x, best);
   }
   for (; j < padded; j += kLanes<F>) {
     const Vec<F> x = first_lanes<F>(visible - j) ? load(row + j) : lowest;
     store<F>(row + j, x);
-    best = x > best ? x : best;
+    best = larger<F>(x, best);
   }
   return max_lanes<F>(best);
 }
@@ -98,7 +98,7 @@ inline F exp_row(F* row, int64_t padded, F factor, F shift) {
   const Vec<F> scale = broadcast(factor), offset = broadcast(-shift);
   Vec<F> sum{};
   for (int64_t j = 0; j < padded; j += kLanes<F>) {
-    const Vec<F> p = exp2<F>(fma(load(row + j), scale, offset));
+    const Vec<F> p = exp2<F, Range::kFinite>(fma(load(row + j), scale, offset));
     store<F>(row + j, p);
     sum += p;
   }

@@ -25,7 +25,7 @@ AttentionPlan forward_plan(const CrossAttention& s) {
                             .min_rows = 48});
 }
 
-// Scores in registers -> their weights: 2^(scale score), added to the lanes of `sum`; the dropped ones 0 after that.
+// Bounded scores in registers -> their weights: 2^(scale score), added to the lanes of `sum`; the dropped ones 0 after that.
 template <class F>
 struct Exponentials {
   Vec<F> scale;
@@ -37,7 +37,7 @@ struct Exponentials {
   template <int n>
   void operator()(int64_t i, int64_t j, Vec<F> (&x)[n]) const {
 #pragma GCC unroll 4
-    for (int v = 0; v < n; ++v) x[v] = exp2_product<F>(x[v], scale);
+    for (int v = 0; v < n; ++v) x[v] = exp2_product<F, Range::kNormal>(x[v], scale);
     zero_beyond<F>(count, j, x);
     Vec<F> total = load(sum + i * kLanes<F>);
 #pragma GCC unroll 4

@@ -29,7 +29,7 @@ struct Weights {
   void operator()(int64_t i, int64_t j, Vec<F> (&x)[n]) const {
     const Vec<F> offset = broadcast(-shift[i]);
 #pragma GCC unroll 4
-    for (int v = 0; v < n; ++v) x[v] = exp2<F>(fma(x[v], scale, offset));
+    for (int v = 0; v < n; ++v) x[v] = exp2<F, Range::kFinite>(fma(x[v], scale, offset));
     zero_beyond<F>(count, j, x);
   }
 };
@@ -270,14 +270,15 @@ class Backward {
     const Vec<F> scale = broadcast(factor), offset = broadcast(-shift_[row]);
     F delta = delta_[row];
     if (d_.weights) {
-      for (int64_t j = 0; j < block.padded; j += kLanes<F>) store<F>(score + j, exp2<F>(fma(load(score + j), scale, offset)));
+      for (int64_t j = 0; j < block.padded; j += kLanes<F>)
+        store<F>(score + j, exp2<F, Range::kFinite>(fma(load(score + j), scale, offset)));
       delta = F(0);
       for (int64_t j = 0; j < block.count; ++j) delta += score[j] * grad[j];
       for (int64_t j = 0; j < block.padded; j += kLanes<F>)
         store<F>(grad + j, load(score + j) * (load(grad + j) - broadcast(delta)));
     } else {
       for (int64_t j = 0; j < block.padded; j += kLanes<F>) {
-        const Vec<F> p = exp2<F>(fma(load(score + j), scale, offset));
+        const Vec<F> p = exp2<F, Range::kFinite>(fma(load(score + j), scale, offset));
         store<F>(score + j, p);
         store<F>(grad + j, p * (load(grad + j) - broadcast(delta)));
       }

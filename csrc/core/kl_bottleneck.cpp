@@ -110,8 +110,8 @@ struct Mixture {
 
   Vec<F> log_m(Vec<F> log_p, Vec<F> log_q) const {
     const Vec<F> a = log_p + log_beta, b = log_q + log_rest;
-    const Vec<F> high = a > b ? a : b, gap = a > b ? b - a : a - b;
-    return high + log1p_unit(exp2_product<F>(gap, broadcast(kLog2E<F>)));
+    const Vec<F> high = larger<F>(a, b), gap = a > b ? b - a : a - b;
+    return high + log1p_unit(exp2_product<F, Range::kFinite>(gap, broadcast(kLog2E<F>)));
   }
 };
 
@@ -119,7 +119,7 @@ template <class F>
 double sum_exp(const F* row, F max, int64_t n) {
   double sum[1];
   sum_along<1, F>(row, row, n, sum, [&](Vec<F> x, Vec<F>, int64_t, Vec<F>(&s)[1]) {
-    s[0] += exp2_product<F>(x - broadcast(max), broadcast(kLog2E<F>));
+    s[0] += exp2_product<F, Range::kFinite>(x - broadcast(max), broadcast(kLog2E<F>));
   });
   return sum[0];
 }
@@ -129,8 +129,8 @@ KLRowLosses forward_row(const KLBottleneck& k, const RowPair<F>& r, const Ahead<
   using V = Vec<F>;
   V p_max = broadcast(-kInf<F>), q_max = p_max;
   along<F>(r.p, r.q, 0, r.n, [&](V x, V y, int64_t, int64_t) {
-    p_max = x > p_max ? x : p_max;
-    q_max = y > q_max ? y : q_max;
+    p_max = larger<F>(x, p_max);
+    q_max = larger<F>(y, q_max);
   });
   const auto finite_or_zero = [](F m) { return m == -kInf<F> ? F(0) : m; };
   stats.p_max = finite_or_zero(max_lanes<F>(p_max));
@@ -142,7 +142,7 @@ KLRowLosses forward_row(const KLBottleneck& k, const RowPair<F>& r, const Ahead<
     ahead(i);
     x -= pm;
     y -= qm;
-    const V exp_p = exp2_product<F>(x, c), exp_q = exp2_product<F>(y, c);
+    const V exp_p = exp2_product<F, Range::kFinite>(x, c), exp_q = exp2_product<F, Range::kFinite>(y, c);
     store<F>(r.exp_p + i, exp_p);
     store<F>(r.exp_q + i, exp_q);
     s[0] += exp_p;
@@ -195,7 +195,7 @@ template <class F>
 void add_cross_entropy(F* dst, const F* row, F max, F scale, double factor, const RowPair<F>& r) {
   const Vec<F> m = broadcast(max), f = broadcast(F(factor) * scale), c = broadcast(kLog2E<F>);
   along<F>(row, row, 0, r.n, [&](Vec<F> x, Vec<F>, int64_t i, int64_t lanes) {
-    const Vec<F> g = f * exp2_product<F>(x - m, c);
+    const Vec<F> g = f * exp2_product<F, Range::kFinite>(x - m, c);
     lanes == kLanes<F> ? store<F>(dst + i, load(dst + i) + g)
                        : store_part<F>(dst + i, load_part(dst + i, lanes, F(0)) + g, lanes);
   });
@@ -231,8 +231,8 @@ void backward_row(const KLBottleneck& k, const KLGradients& d, const RowPair<F>&
   const double p_ce = share ? d.p_cross_entropy : 0, q_ce = share ? d.q_cross_entropy : 0;
   // The lambdas below hold copies: what they referred to would be read again after every store.
   const F *const saved_p = r.exp_p, *const saved_q = r.exp_q;
-  const auto exp_p = [=](V x, int64_t i) { return saved_p ? load(saved_p + i) : exp2_product<F>(x, c); };
-  const auto exp_q = [=](V y, int64_t i) { return saved_q ? load(saved_q + i) : exp2_product<F>(y, c); };
+  const auto exp_p = [=](V x, int64_t i) { return saved_p ? load(saved_p + i) : exp2_product<F, Range::kFinite>(x, c); };
+  const auto exp_q = [=](V y, int64_t i) { return saved_q ? load(saved_q + i) : exp2_product<F, Range::kFinite>(y, c); };
   const bool added_to = r.label >= 0 && !share;  // by the cross-entropies, in a second pass
   const bool streamed = are_streamed<F>(k, d) && !added_to && is_aligned(dp) && is_aligned(dq);
   const int64_t with_label = r.label < 0 ? -1 : r.label / kLanes<F> * kLanes<F>;  // the vector that is changed again

@@ -33,13 +33,6 @@ inline Vec<double> exp2_fraction(Vec<double> f) {
 template <class F>
 constexpr F kRoundMagic = sizeof(F) == 8 ? F(0x1.8p52) : F(0x1.8p23);  // adding it rounds to an integer, kept in the low bits
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// The bits of 2^(i / 8 - 1), as many as one permutation can look up, less i in the upper places of the mantissa: what is left to
-// add to n << 20 for the bits of 2^(n / 8 - 1).
-alignas(32) constexpr int32_t kHalfRootBits[8] = {0x3f000000, 0x3efb95c2, 0x3ef837f0, 0x3ef5fed7,
-                                                  0x3ef504f3, 0x3ef5672a, 0x3ef744fd, 0x3efac0c7};
-#endif
-
 #if defined(__AVX512F__)
 // 2^(i / 32): as many as one permutation of two registers can look up.
 alignas(64) constexpr float kRootsOfTwo[32] = {
@@ -48,25 +41,69 @@ alignas(64) constexpr float kRootsOfTwo[32] = {
     0x1.5ab07ep+0f, 0x1.6247ecp+0f, 0x1.6a09e6p+0f, 0x1.71f75ep+0f, 0x1.7a1148p+0f, 0x1.82589ap+0f, 0x1.8ace54p+0f,
     0x1.93737cp+0f, 0x1.9c4918p+0f, 0x1.a5503cp+0f, 0x1.ae89fap+0f, 0x1.b7f770p+0f, 0x1.c199bep+0f, 0x1.cb720ep+0f,
     0x1.d5818ep+0f, 0x1.dfc974p+0f, 0x1.ea4afap+0f, 0x1.f50766p+0f};
+// For exp2_product_coarse: 2^(i / 32) / (s^2 + k), times 4 or 2 for what floor((i - 32 s) / 32) takes.
+constexpr float kCoarseShift = 46.0f / 32, kCoarseTerm = 0x1.0a66b8p+1f;  // s, k
+alignas(64) constexpr float kCoarseRoots[32] = {
+    0x1.edc58cp-1f, 0x1.f89578p-1f, 0x1.01d100p+0f, 0x1.07763cp+0f, 0x1.0d3b1ep+0f, 0x1.132056p+0f, 0x1.19269ap+0f,
+    0x1.1f4ea4p+0f, 0x1.259930p+0f, 0x1.2c0702p+0f, 0x1.3298dcp+0f, 0x1.394f8ap+0f, 0x1.402bdcp+0f, 0x1.472ea2p+0f,
+    0x1.4e58b6p-1f, 0x1.55aaf2p-1f, 0x1.5d2638p-1f, 0x1.64cb70p-1f, 0x1.6c9b82p-1f, 0x1.749762p-1f, 0x1.7cc002p-1f,
+    0x1.85165cp-1f, 0x1.8d9b76p-1f, 0x1.965050p-1f, 0x1.9f35fap-1f, 0x1.a84d82p-1f, 0x1.b19802p-1f, 0x1.bb1698p-1f,
+    0x1.c4ca66p-1f, 0x1.ceb498p-1f, 0x1.d8d65ep-1f, 0x1.e330f0p-1f};
 
+// 32 numbers picked by the low bits of `index`.
+inline Vec<float> look_up(const float (&table)[32], Vec<float> index) {
+  return (Vec<float>)_mm512_permutex2var_ps((__m512)load(table), (__m512i)index, (__m512)load(table + 16));
+}
+#elif defined(__AVX2__)
+// The bits of 2^(i / 8 - 1), as many as one permutation can look up, less i in the upper places of the mantissa: what is left to
+// add to n << 20 for the bits of 2^(n / 8 - 1).
+alignas(32) constexpr int32_t kHalfRootBits[8] = {0x3f000000, 0x3efb95c2, 0x3ef837f0, 0x3ef5fed7,
+                                                  0x3ef504f3, 0x3ef5672a, 0x3ef744fd, 0x3efac0c7};
+// For exp2_product_coarse: the same of 2^(i / 8) / (s^2 + k).
+constexpr float kCoarseShift = 0x1.716ac6p+0f, kCoarseTerm = 0x1.0a4a7ap+1f;  // s, k
+alignas(32) constexpr int32_t kCoarseRootBits[8] = {0x3e75fdc4, 0x3e7620b1, 0x3e72446d, 0x3e6f8170,
+                                                    0x3e6df12d, 0x3e6daf6a, 0x3e6eda6a, 0x3e719333};
+
+// 2^(n / 8), halved or whatever the table holds, for an integer n in the low bits of `shifted`.
+inline Vec<float> root_of_two(const int32_t (&table)[8], Vec<float> shifted) {
+  using I = Vec<int32_t>;
+  const I bits = (I)_mm256_permutevar8x32_ps((__m256)load(table), (__m256i)shifted);
+  return (Vec<float>)(bits + ((I)shifted << 20));
+}
 #endif
+
+// Keeps the compiler from fusing the product x with what follows.
+template <class F>
+inline Vec<F> rounded(Vec<F> x) {
+#if defined(IUMAD_EMULATED)
+  asm("" : "+m"(x));  // no register is as wide
+#elif defined(__SSE2__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
 
 }  // namespace detail
 
+// What is known of the argument of an exponential: nothing; that 2^x is finite, or NaN; or that 2^x and a few binary orders
+// below it are normal numbers, |x| <= kNormalExponent. Either spares AVX2 and less an instruction or two, AVX-512 none.
+enum class Range { kAny, kFinite, kNormal };
+template <class F>
+constexpr F kNormalExponent = sizeof(F) == 8 ? 1000 : 120;
+
 // 2^x. Relative error < 2e-7 (float), < 4e-16 (double). Without scalef, results under the smallest normal number, or with AVX2
 // twice that, are 0 or some smaller number. inf and NaN propagate as in std::exp2.
-template <class F>
+template <class F, Range range = Range::kAny>
 inline Vec<F> exp2(Vec<F> x) {
   using V = Vec<F>;
 #if defined(__AVX512F__)
   // scalef multiplies by a power of two with correct overflow, underflow and NaN, and by 2^inf or 2^-inf even what is NaN as f is
   // there: nothing is clamped. (vreduceps would give f at once, but waits for what its register held before, on Zen 4.)
-  asm("" : "+v"(x));  // if x is a product, then rounded: fused with what follows, f would be its error, which has no bound
+  x = detail::rounded<F>(x);  // fused with what follows, f would be its rounding error, which has no bound
   if constexpr (sizeof(F) == 4) {
     const V shifted = x + broadcast(0x1.8p18f);             // x in units of 1/32, in the low bits
     const V n = shifted - broadcast(0x1.8p18f), f = x - n;  // f in [-1/64, 1/64], where 2^x is neither inf nor 0
-    const V low = load(detail::kRootsOfTwo), high = load(detail::kRootsOfTwo + 16);
-    const V root = (V)_mm512_permutex2var_ps((__m512)low, (__m512i)shifted, (__m512)high);
+    const V root = detail::look_up(detail::kRootsOfTwo, shifted);
     const V slope = fma(broadcast(0x1.ebf6a2p-3f), f, broadcast(0x1.62e58p-1f));  // (2^f - 1) / f; minimax, 2^f within 5.3e-8
     return (V)_mm512_scalef_ps((__m512)fma(slope, root * f, root), (__m512)n);    // by 2 to the floor of n
   } else {
@@ -77,33 +114,58 @@ inline Vec<F> exp2(Vec<F> x) {
   using I = Vec<IntOf<F>>;
   constexpr int kMantissaBits = sizeof(F) == 8 ? 52 : 23;
   const V lowest = broadcast(F(sizeof(F) == 8 ? -1022 : -126)), highest = broadcast(F(sizeof(F) == 8 ? 1024 : 128));
-  x = smaller<F>(highest, x);
+  if constexpr (range == Range::kAny) x = smaller<F>(highest, x);
 #if defined(__AVX2__)
   if constexpr (sizeof(F) == 4) {
-    x = larger<F>(lowest, x);                                                      // whose half has the exponent of 0
+    // Clamped to where half the result has the exponent of 0.
+    x = range == Range::kNormal ? detail::rounded<F>(x) : larger<F>(lowest, x);
     const V magic = broadcast(F(0x1.8p20)), n8 = x + magic, f = x - (n8 - magic);  // in [-1/16, 1/16]
-    const I half_root = (I)_mm256_permutevar8x32_ps((__m256)load(detail::kHalfRootBits), (__m256i)n8);
-    V slope = fma(broadcast(F(0x1.c6a004p-4)), f, broadcast(F(0x1.ec0c32p-2)));  // 2 (2^f - 1) / f; minimax, 2^f within 2.7e-8
+    V slope = fma(broadcast(F(0x1.c6a004p-4)), f, broadcast(F(0x1.ec0c32p-2)));    // 2 (2^f - 1) / f; minimax, 2^f within 2.7e-8
     slope = fma(slope, f, broadcast(F(0x1.62e432p0)));
-    return (V)(half_root + ((I)n8 << 20)) * fma(slope, f, broadcast(F(2)));  // halves and doubles, for 2^128 has no bits
+    return detail::root_of_two(detail::kHalfRootBits, n8) *
+           fma(slope, f, broadcast(F(2)));  // halves and doubles: 2^128 has no bits
   }
 #endif
   const V magic = broadcast(detail::kRoundMagic<F>);
   const V shifted = x + magic;
-  const V p = detail::exp2_fraction(x - (shifted - magic));
-  return x < lowest ? V{} : (V)((I)p + ((I)shifted << kMantissaBits));
+  const V p = (V)((I)detail::exp2_fraction(x - (shifted - magic)) + ((I)shifted << kMantissaBits));
+  return range == Range::kNormal ? p : x < lowest ? V{} : p;
 #endif
 }
 
 // 2^(a b), to whose relative error that of the product, rounded, adds |a b| times 4.2e-8 (float) or 7.7e-17 (double).
-template <class F>
+template <class F, Range range = Range::kAny>
 inline Vec<F> exp2_product(Vec<F> a, Vec<F> b) {
-  return exp2<F>(a * b);
+  return exp2<F, range>(a * b);
 }
 
+// The same, and 1 where a b is 0, as exactly as results of eight bits ask for: relative error < 4e-6 (AVX-512: 4e-7) plus that of
+// the product. 2^f is a square plus a constant, and its factor goes into the table: an instruction less, with AVX2 two. Of float
+// with these; else as above. |a b| <= kNormalExponent except with AVX-512.
 template <class F>
+inline Vec<F> exp2_product_coarse(Vec<F> a, Vec<F> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 4) {
+    using V = Vec<float>;
+    const V x = detail::rounded<float>(a * b), shifted = x + broadcast(0x1.8p18f);
+    const V n = shifted - broadcast(0x1.8p18f + detail::kCoarseShift), g = x - n;  // n and g less and more than above by s
+    const V root = detail::look_up(detail::kCoarseRoots, shifted);
+    return (V)_mm512_scalef_ps((__m512)(root * fma(g, g, broadcast(detail::kCoarseTerm))), (__m512)n);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(F) == 4) {
+    using V = Vec<float>;
+    const V magic = broadcast(0x1.8p20f), shifted = fma(a, b, magic);
+    const V g = fma(a, b, broadcast(detail::kCoarseShift)) - (shifted - magic);
+    return detail::root_of_two(detail::kCoarseRootBits, shifted) * fma(g, g, broadcast(detail::kCoarseTerm));
+  }
+#endif
+  return exp2_product<F, Range::kNormal>(a, b);
+}
+
+template <class F, Range range = Range::kAny>
 inline Vec<F> exp(Vec<F> x) {
-  return exp2_product<F>(x, broadcast(kLog2E<F>));
+  return exp2_product<F, range>(x, broadcast(kLog2E<F>));
 }
 
 // log(1 + e) for e in [0, 1]. Relative error < 2e-7 (float: minimax polynomial), < 1e-15 (double: 2 atanh(e / (2 + e))).
@@ -180,12 +242,9 @@ inline CosSin<F> cos_sin_turns(Vec<F> x) {
 
 template <class F>
 inline Vec<F> sqrt(Vec<F> x) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(F) == 4) return (Vec<F>)_mm512_sqrt_ps((__m512)x);
-  if constexpr (sizeof(F) == 8) return (Vec<F>)_mm512_sqrt_pd((__m512d)x);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(F) == 4) return (Vec<F>)_mm256_sqrt_ps((__m256)x);
-  if constexpr (sizeof(F) == 8) return (Vec<F>)_mm256_sqrt_pd((__m256d)x);
+#if defined(IUMAD_MM)
+  if constexpr (sizeof(F) == 4) return (Vec<F>)IUMAD_MM(sqrt_ps)((Floats)x);
+  if constexpr (sizeof(F) == 8) return (Vec<F>)IUMAD_MM(sqrt_pd)((Doubles)x);
 #else
   Vec<F> y;
   for (int i = 0; i < kLanes<F>; ++i) y[i] = sizeof(F) == 8 ? F(__builtin_sqrt(double(x[i]))) : F(__builtin_sqrtf(float(x[i])));
@@ -195,34 +254,31 @@ inline Vec<F> sqrt(Vec<F> x) {
 
 namespace detail {
 
-// The steps of the sigmoid: an exponential e of x, and the result of both.
+// The steps of the sigmoid: e^-x, which may be inf, and the result.
 template <class F>
 inline Vec<F> sigmoid_exponential(Vec<F> x) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(F) == 4) return exp2_product<F>(x, broadcast(-kLog2E<F>));  // e^-x of either sign: nothing needs clamping
-#endif
-  return exp<F>(minus_abs<F>(x));
+  return exp2_product<F>(x, broadcast(-kLog2E<F>));
 }
 template <class F>
-inline Vec<F> sigmoid_result(Vec<F> x, Vec<F> e) {
+inline Vec<F> sigmoid_result(Vec<F> e) {
   using V = Vec<F>;
-  const V one = broadcast(F(1));
+  const V one = broadcast(F(1)), s = one + e;
 #if defined(__AVX512F__)
   if constexpr (sizeof(F) == 4) {
-    const V s = e + one, guess = (V)_mm512_rcp14_ps((__m512)s);
+    const V guess = (V)_mm512_rcp14_ps((__m512)s);
     // Newton's step from the guess. Of s = inf the guess is 0 and the error NaN, of which the maximum makes -1: that stays 0.
     return fma(guess, larger<F>(one - s * guess, -one), guess);
   }
 #endif
-  return (x < V{} ? e : one) * reciprocal_near_one<F>(one + e);
+  return one / s;
 }
 
 }  // namespace detail
 
-// 1 / (1 + e^-x) without overflow on either side.
+// 1 / (1 + e^-x), 0 where e^-x is inf.
 template <class F>
 inline Vec<F> sigmoid(Vec<F> x) {
-  return detail::sigmoid_result<F>(x, detail::sigmoid_exponential<F>(x));
+  return detail::sigmoid_result<F>(detail::sigmoid_exponential<F>(x));
 }
 
 // y = the sigmoids of n vectors at x, step by step: of long chains one after another, processors keep few in flight.
@@ -231,7 +287,7 @@ inline void sigmoid(const F* x, Vec<F> (&y)[n]) {
   IUMAD_UNROLL
   for (int i = 0; i < n; ++i) y[i] = detail::sigmoid_exponential<F>(load(x + i * kLanes<F>));
   IUMAD_UNROLL
-  for (int i = 0; i < n; ++i) y[i] = detail::sigmoid_result<F>(load(x + i * kLanes<F>), y[i]);
+  for (int i = 0; i < n; ++i) y[i] = detail::sigmoid_result<F>(y[i]);
 }
 
 // softplus(x) = log(1 + e^x), the identity above 20 (as torch.nn.functional.softplus), and its derivative, from e = e^-|x|: two

@@ -13,10 +13,6 @@
 
 #include "vec.h"
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 namespace iumad::IUMAD_ISA {
 
 constexpr int kPhiloxBlock = 64;  // words

@@ -12,7 +12,7 @@ void selective_scan_backward(const SelectiveScan&, const SelectiveScanGradients&
 namespace {
 
 // States advanced together: enough independent chains to hide latency, few enough for the registers.
-constexpr int kRun = kVectorBytes == 64 ? 16 : 4;
+constexpr int kRun = kVectorBytes == 64 ? 16 : 8;
 
 // Channel blocks that walk the tiles together: their rows lie next to each other in channels-last memory.
 constexpr int64_t kMostBlocks = 16;
@@ -29,6 +29,7 @@ int64_t blocks_per_task(const SelectiveScan& s) {
 template <class F>
 struct Prepared {
   F *dt, *dtu, *y;
+  F* largest;  // magnitude of dt, [lane]
 };
 
 template <class F>
@@ -38,17 +39,20 @@ struct ForwardScratch {
   F *u, *delta;                // [token][lane], where a tile is not read in place
   Prepared<F> now, next;       // the block being scanned, and the one after it
   F *A, *B, *C, *h;            // [block][state][lane]; A times log2(e)
+  F* largest_A;                // [block][lane]
   F *B_rows, *C_rows;          // [token][state], where they are not read in place
   int64_t* state_offset;       // 0, 1, 2, ...
   int64_t dense[kMostTokens];  // offsets of the tokens in such a buffer
   ChannelBlock* block;
 
   ForwardScratch(int64_t states, int64_t blocks)
-      : memory(8 * Scratch::bytes<F>(kMostTokens * V) + 4 * Scratch::bytes<F>(blocks * states * V) +
-               Scratch::bytes<int64_t>(states) + Scratch::bytes<ChannelBlock>(blocks) +
+      : memory(8 * Scratch::bytes<F>(kMostTokens * V) + 2 * Scratch::bytes<F>(V) + 4 * Scratch::bytes<F>(blocks * states * V) +
+               Scratch::bytes<F>(blocks * V) + Scratch::bytes<int64_t>(states) + Scratch::bytes<ChannelBlock>(blocks) +
                2 * Scratch::bytes<F>(kMostTokens * states)) {
     for (F** p : {&u, &delta, &now.dt, &now.dtu, &now.y, &next.dt, &next.dtu, &next.y}) *p = memory.take<F>(kMostTokens * V);
+    for (F** p : {&now.largest, &next.largest}) *p = memory.take<F>(V);
     for (F** p : {&A, &B, &C, &h}) *p = memory.take<F>(blocks * states * V);
+    largest_A = memory.take<F>(blocks * V);
     state_offset = memory.take<int64_t>(states);
     for (int64_t n = 0; n < states; ++n) state_offset[n] = n;
     for (int t = 0; t < kMostTokens; ++t) dense[t] = t * V;
@@ -60,7 +64,7 @@ struct ForwardScratch {
 // Advances `kStates` states, the first of which A and h point to, through the tokens of a tile, calling also(t) for every token.
 // What they add to p.y goes to out[offset[t]]. A function of its own so that the registers are all its own; several decays before
 // their states, for one's arithmetic is a single long chain.
-template <int kStates, class F, class BAt, class CAt, class T, class Also>
+template <int kStates, Decays decays, class F, class BAt, class CAt, class T, class Also>
 __attribute__((noinline)) void scan_tile(const F* A, F* h, const Prepared<F>& p, int count, const BAt& B, const CAt& C,
                                          int64_t first, T* out, const int64_t* offset, Also also) {
   constexpr int V = kLanes<F>, kMost = kVectorBytes == 64 ? 4 : 2, kTogether = kStates < kMost ? kStates : kMost;
@@ -72,10 +76,10 @@ __attribute__((noinline)) void scan_tile(const F* A, F* h, const Prepared<F>& p,
     const Vec<F> step = load(p.dt + t * V), input = load(p.dtu + t * V);
     Vec<F> sum = load(p.y + t * V);
     IUMAD_UNROLL for (int n = 0; n < kStates; n += kTogether) {
-      Vec<F> decay[kTogether];
-      IUMAD_UNROLL for (int i = 0; i < kTogether; ++i) decay[i] = exp2_product<F>(step, load(A + (n + i) * V));
+      Vec<F> kept[kTogether];
+      IUMAD_UNROLL for (int i = 0; i < kTogether; ++i) kept[i] = decay<decays, F>(step, load(A + (n + i) * V));
       IUMAD_UNROLL for (int i = 0; i < kTogether; ++i) {
-        state[n + i] = fma(decay[i], state[n + i], input * B.value(b, n + i));
+        state[n + i] = fma(kept[i], state[n + i], input * B.value(b, n + i));
         sum = fma(state[n + i], C.value(c, n + i), sum);
       }
     }
@@ -89,11 +93,7 @@ template <class F>
 void load_block_state(const SelectiveScan& s, int64_t k, const ChannelBlock& b, int64_t index, ForwardScratch<F>& m) {
   constexpr int V = kLanes<F>;
   const int64_t at_block = index * s.states * V;
-  load_parameter<F>(m.A + at_block, s.A, s, k, b, m.state_offset);
-  for (int64_t n = 0; n < s.states; ++n) {
-    F* a = m.A + at_block + n * V;
-    store<F>(a, load(a) * broadcast(kLog2E<F>));
-  }
+  load_A<F>(m.A + at_block, m.largest_A + index * V, s, k, b, m.state_offset);
   if (s.B.constant) load_parameter<F>(m.B + at_block, s.B.data, s, k, b, m.state_offset);
   if (s.C.constant) load_parameter<F>(m.C + at_block, s.C.data, s, k, b, m.state_offset);
   const StateView& v = s.initial_state;
@@ -174,6 +174,7 @@ __attribute__((noinline)) void prepare(const SelectiveScan& s, int64_t k, const 
     delta = {m.delta, kDTypeOf<F>, m.dense};
   }
   const Vec<F> bias = load_channels<F>(s.delta_bias, s, k, b), skip = load_channels<F>(s.D, s, k, b);
+  Vec<F> largest{};
   // Several tokens at a time, for the softplus is a single long chain.
   const auto prepare_from = [&](int t, auto tokens) {
     constexpr int kTokens = decltype(tokens)::value;
@@ -181,11 +182,12 @@ __attribute__((noinline)) void prepare(const SelectiveScan& s, int64_t k, const 
     IUMAD_UNROLL for (int i = 0; i < kTokens; ++i) dt[i] = delta[t + i] + bias;
     if (s.delta_softplus) {
       Vec<F> e[kTokens];
-      IUMAD_UNROLL for (int i = 0; i < kTokens; ++i) e[i] = exp<F>(minus_abs<F>(dt[i]));
+      IUMAD_UNROLL for (int i = 0; i < kTokens; ++i) e[i] = exp<F, Range::kFinite>(minus_abs<F>(dt[i]));
       IUMAD_UNROLL for (int i = 0; i < kTokens; ++i) dt[i] = softplus<F>(dt[i], e[i]).value;
     }
     IUMAD_UNROLL for (int i = 0; i < kTokens; ++i) {
       const Vec<F> ut = u[t + i];
+      if constexpr (kRangeMatters) largest = larger<F>(-minus_abs<F>(dt[i]), largest);
       store<F>(p.dt + (t + i) * V, dt[i]);
       store<F>(p.dtu + (t + i) * V, dt[i] * ut);
       store<F>(p.y + (t + i) * V, skip * ut);
@@ -194,6 +196,7 @@ __attribute__((noinline)) void prepare(const SelectiveScan& s, int64_t k, const 
   int t = 0;
   for (; t + 4 <= tile.tokens.count; t += 4) prepare_from(t, std::integral_constant<int, 4>{});
   for (; t < tile.tokens.count; ++t) prepare_from(t, std::integral_constant<int, 1>{});
+  store<F>(p.largest, largest);
 }
 
 // y times silu(z).
@@ -211,9 +214,12 @@ void gate(const TileView& view, const ChannelBlock& b, F* y, F* z) {
 template <class F, bool kConstantB, bool kConstantC>
 void scan_tokens(const SelectiveScan& s, int64_t k, const ScanDirection& direction, int64_t blocks, ForwardScratch<F>& m) {
   constexpr int V = kLanes<F>;
+  constexpr bool kCommon = !kConstantB && !kConstantC;
   const int64_t batch = m.block[0].batch, block_size = s.states * V;
   const bool again = k > 0 && s.order.overlaps();  // an earlier direction has written these pixels
   const bool plain = !s.z.data && !again;
+  const bool as_computed = s.out.dtype == kDTypeOf<F>;
+  const bool coarse = s.out.dtype == DType::kBFloat16 && !s.last_state.data;  // which is a float
   const int tokens = s.tile_states ? kTile : kMostTokens;
   ForwardTile tile(s, TokenTile(direction, 0, tokens), batch, k);
   prepare<F>(s, k, tile, m.block[0], m.next, m);
@@ -240,17 +246,27 @@ void scan_tokens(const SelectiveScan& s, int64_t k, const ScanDirection& directi
       if (s.tile_states) save_tile_states<F>(h, s, k, first / kTile, m.block[i]);
       B.block = m.B + i * block_size;
       C.block = m.C + i * block_size;
+      const Decays decays = choose_decays<F, kCommon>(load(m.now.largest), load(m.largest_A + i * V), coarse);
       // The last run of states writes the tokens where they belong, unless something is still to be done with them.
-      const bool finishes = plain && in_place<F>(tile.out, m.block[i]);
+      const bool finishes = plain && in_place<F>(tile.out, m.block[i]) && (as_computed || decays == Decays::kCoarse);
       for_state_runs<kRun>(s.states, [&](auto run, int64_t n) {
         constexpr int kStates = decltype(run)::value;
         const bool out_now = finishes && n + kStates == s.states;
+        char* out_data = tile.out.block(m.block[i]);
         const auto scan = [&](auto also) {
-          const auto to = [&](auto* y, const int64_t* offset) {
-            scan_tile<kStates, F>(A + n * V, h + n * V, m.now, tile.tokens.count, B, C, n, y, offset, also);
+          const auto to = [&](auto which, auto* y, const int64_t* offset) {
+            scan_tile<kStates, decltype(which)::value, F>(A + n * V, h + n * V, m.now, tile.tokens.count, B, C, n, y, offset,
+                                                          also);
           };
-          if (!out_now) return to(m.now.y, m.dense);
-          visit<F>(s.out.dtype, tile.out.block(m.block[i]), [&](auto* y) { to(y, tile.out.offset); });
+          const int64_t* offset = out_now ? tile.out.offset : m.dense;
+          if constexpr (kHasCoarse<F, kCommon>) {
+            constexpr std::integral_constant<Decays, Decays::kCoarse> which;
+            if (decays == Decays::kCoarse) {
+              return out_now ? to(which, reinterpret_cast<BFloat16*>(out_data), offset) : to(which, m.now.y, offset);
+            }
+          }
+          visit_decays<kCommon>(decays,
+                                [&](auto which) { to(which, out_now ? reinterpret_cast<F*>(out_data) : m.now.y, offset); });
         };
         if (n == 0) {
           scan([ u, delta, z, out ](int t) __attribute__((always_inline)) {
@@ -318,7 +334,7 @@ float exponentials(int64_t count) {
   Vec<float> sum{};
   for (int64_t i = 0; i < count / (kRun * V); ++i) {
     const Vec<float> x = load(step + i % kTile * V);
-    IUMAD_UNROLL for (int n = 0; n < kRun; ++n) sum += exp2_product<float>(x, load(A + n * V));
+    IUMAD_UNROLL for (int n = 0; n < kRun; ++n) sum += decay<Decays::kNormal, float>(x, load(A + n * V));
   }
   return sum_lanes<float>(sum);
 }

@@ -26,7 +26,7 @@ struct BackwardScratch {
   Scratch memory;
   F *u, *dt, *slope, *dtu, *dout, *z, *y, *dy, *sA, *sB;  // [token][lane]
   F *A, *B, *C, *g, *dA, *dBc, *dCc;                      // [block][state][lane]; A times log2(e)
-  F *dD, *dbias;                                          // [block][lane]
+  F *dD, *dbias, *largest_A;                              // [block][lane]
   F *h, *decay;                                           // [token (+ 1)][state of the run][lane]
   F *dB, *dC;                                             // [token][state][lane]
   F *B_rows, *C_rows;                                     // [token][state], where they are not read in place
@@ -34,12 +34,12 @@ struct BackwardScratch {
 
   BackwardScratch(int64_t states, int64_t blocks)
       : memory(10 * Scratch::bytes<F>(kTile * V) + 7 * Scratch::bytes<F>(blocks * states * V) +
-               2 * Scratch::bytes<F>(blocks * V) + 2 * Scratch::bytes<F>((kTile + 1) * kRun * V) +
+               3 * Scratch::bytes<F>(blocks * V) + 2 * Scratch::bytes<F>((kTile + 1) * kRun * V) +
                2 * Scratch::bytes<F>(kTile * states * V) + 2 * Scratch::bytes<F>(kTile * states) +
                Scratch::bytes<int64_t>(states)) {
     for (F** p : {&u, &dt, &slope, &dtu, &dout, &z, &y, &dy, &sA, &sB}) *p = memory.take<F>(kTile * V);
     for (F** p : {&A, &B, &C, &g, &dA, &dBc, &dCc}) *p = memory.take<F>(blocks * states * V);
-    for (F** p : {&dD, &dbias}) *p = memory.take<F>(blocks * V);
+    for (F** p : {&dD, &dbias, &largest_A}) *p = memory.take<F>(blocks * V);
     for (F** p : {&h, &decay}) *p = memory.take<F>((kTile + 1) * kRun * V);
     for (F** p : {&dB, &dC}) *p = memory.take<F>(kTile * states * V);
     for (F** p : {&B_rows, &C_rows}) *p = memory.take<F>(kTile * states);
@@ -60,7 +60,7 @@ void clear_lanes(F* p, int64_t rows, int first) {
 }
 
 // Recomputes the states of a run through a tile from the saved state (m.h[0]); adds to y where the gate needs it.
-template <int kStates, bool kNeedY, class F, class BAt, class CAt>
+template <int kStates, Decays decays, bool kNeedY, class F, class BAt, class CAt>
 inline void recompute(BackwardScratch<F>& m, const F* A, int count, const BAt& B, const CAt& C, int64_t first) {
   // So many decays before their states: one's arithmetic is a single long chain.
   constexpr int V = kLanes<F>, kTogether = kVectorBytes == 64 || kStates == 1 ? kStates : 2;
@@ -72,11 +72,11 @@ inline void recompute(BackwardScratch<F>& m, const F* A, int count, const BAt& B
     const Vec<F> step = load(m.dt + t * V), input = load(m.dtu + t * V);
     Vec<F> y = kNeedY ? load(m.y + t * V) : Vec<F>{};
     IUMAD_UNROLL for (int n = 0; n < kStates; n += kTogether) {
-      Vec<F> decay[kTogether];
-      IUMAD_UNROLL for (int i = 0; i < kTogether; ++i) decay[i] = exp2_product<F>(step, load(A + (n + i) * V));
+      Vec<F> kept[kTogether];
+      IUMAD_UNROLL for (int i = 0; i < kTogether; ++i) kept[i] = decay<decays, F>(step, load(A + (n + i) * V));
       IUMAD_UNROLL for (int i = 0; i < kTogether; ++i) {
-        state[n + i] = fma(decay[i], state[n + i], input * B.value(b, n + i));
-        store<F>(m.decay + (t * kStates + n + i) * V, decay[i]);
+        state[n + i] = fma(kept[i], state[n + i], input * B.value(b, n + i));
+        store<F>(m.decay + (t * kStates + n + i) * V, kept[i]);
         store<F>(m.h + ((t + 1) * kStates + n + i) * V, state[n + i]);
         if constexpr (kNeedY) y = fma(state[n + i], C.value(c, n + i), y);
       }
@@ -145,32 +145,35 @@ struct BackwardTile {
   }
 };
 
-// delta + bias, then softplus where asked, in place; and d(result) / d(delta).
+// delta + bias, then softplus where asked, in place; and d(result) / d(delta). Returns the largest magnitudes of the result.
 template <class F>
-void finish_delta(F* dt, F* slope, const SelectiveScan& s, int count, Vec<F> bias) {
+Vec<F> finish_delta(F* dt, F* slope, const SelectiveScan& s, int count, Vec<F> bias) {
   constexpr int V = kLanes<F>;
   for (int t = 0; t < count; ++t) {
     const Vec<F> x = load(dt + t * V) + bias;
     store<F>(dt + t * V, x);
-    if (s.delta_softplus) store<F>(slope + t * V, exp<F>(minus_abs<F>(x)));
+    if (s.delta_softplus) store<F>(slope + t * V, exp<F, Range::kFinite>(minus_abs<F>(x)));
   }
+  Vec<F> largest{};
   for (int t = 0; t < count; ++t) {
     const Vec<F> x = load(dt + t * V);
     const Softplus<F> y = s.delta_softplus ? softplus<F>(x, load(slope + t * V)) : Softplus<F>{x, broadcast(F(1))};
     store<F>(dt + t * V, y.value);
     store<F>(slope + t * V, y.derivative);
+    if constexpr (kRangeMatters) largest = larger<F>(-minus_abs<F>(y.value), largest);
   }
+  return largest;
 }
 
-// Reads a tile of one channel block and turns the gradient of the gated output into dy.
+// Reads a tile of one channel block and turns the gradient of the gated output into dy. Returns the largest magnitudes of dt.
 template <class F>
-void load_tile(BackwardScratch<F>& m, const SelectiveScan& s, const BackwardTile& tile, int64_t k, const ChannelBlock& b,
-               Vec<F> skip) {
+Vec<F> load_tile(BackwardScratch<F>& m, const SelectiveScan& s, const BackwardTile& tile, int64_t k, const ChannelBlock& b,
+                 Vec<F> skip) {
   constexpr int V = kLanes<F>;
   const int count = tile.tokens.count;
   load_tokens<F>(m.u, tile.u, b);
   load_delta<F>(m.dt, s, tile.delta, b);
-  finish_delta<F>(m.dt, m.slope, s, count, load_channels<F>(s.delta_bias, s, k, b));
+  const Vec<F> largest = finish_delta<F>(m.dt, m.slope, s, count, load_channels<F>(s.delta_bias, s, k, b));
   load_tokens<F>(m.dout, tile.grad_out, b);
   if (s.z.data) load_tokens<F>(m.z, tile.z, b);
   for (int t = 0; t < count; ++t) {
@@ -186,6 +189,7 @@ void load_tile(BackwardScratch<F>& m, const SelectiveScan& s, const BackwardTile
   }
   clear(m.sA, count * V);
   clear(m.sB, count * V);
+  return largest;
 }
 
 // The tile's results once every state has added to sA and sB.
@@ -261,6 +265,7 @@ template <class F, bool kConstantB, bool kConstantC>
 void backward_direction(const SelectiveScan& s, const SelectiveScanGradients& d, int64_t k, int64_t part, int64_t first_block,
                         int64_t blocks, int64_t batch, int64_t group, BackwardScratch<F>& m) {
   constexpr int V = kLanes<F>;
+  constexpr bool kCommon = !kConstantB && !kConstantC;
   const ScanDirection direction = s.order.direction(k);
   const int64_t block_size = s.states * V;
   clear(m.dA, blocks * block_size);
@@ -271,11 +276,7 @@ void backward_direction(const SelectiveScan& s, const SelectiveScanGradients& d,
   clear(m.dbias, blocks * V);
   for (int64_t i = 0; i < blocks; ++i) {
     const ChannelBlock b = channel_block<F>(s, batch, group, first_block + i);
-    load_parameter<F>(m.A + i * block_size, s.A, s, k, b, m.state_offset);
-    for (int64_t n = 0; n < s.states; ++n) {
-      F* a = m.A + i * block_size + n * V;
-      store<F>(a, load(a) * broadcast(kLog2E<F>));
-    }
+    load_A<F>(m.A + i * block_size, m.largest_A + i * V, s, k, b, m.state_offset);
     if (kConstantB) load_parameter<F>(m.B + i * block_size, s.B.data, s, k, b, m.state_offset);
     if (kConstantC) load_parameter<F>(m.C + i * block_size, s.C.data, s, k, b, m.state_offset);
     if (const StateView& v = d.last_state; v.data) {
@@ -300,18 +301,20 @@ void backward_direction(const SelectiveScan& s, const SelectiveScanGradients& d,
       const ChannelBlock b = channel_block<F>(s, batch, group, first_block + i);
       const Vec<F> skip = load_channels<F>(s.D, s, k, b);
       if (i > 0) views.prefetch(channel_block<F>(s, batch, group, first_block + i - 1));
-      load_tile<F>(m, s, views, k, b, skip);
+      const Decays decays = choose_decays<F, kCommon>(load_tile<F>(m, s, views, k, b, skip), load(m.largest_A + i * V));
       const F* A = m.A + i * block_size;
       B.block = m.B + i * block_size;
       C.block = m.C + i * block_size;
       for_state_runs<kRun>(s.states, [&](auto run, int64_t n) {
         constexpr int kStates = decltype(run)::value;
         load_tile_states<F>(m.h, s, k, index, b, n, kStates);
-        if (s.z.data) {
-          recompute<kStates, true, F>(m, A, tile.count, B, C, n);
-        } else {
-          recompute<kStates, false, F>(m, A, tile.count, B, C, n);
-        }
+        visit_decays<kCommon>(decays, [&](auto which) {
+          if (s.z.data) {
+            recompute<kStates, decltype(which)::value, true, F>(m, A, tile.count, B, C, n);
+          } else {
+            recompute<kStates, decltype(which)::value, false, F>(m, A, tile.count, B, C, n);
+          }
+        });
         adjoint<kStates, kConstantB, kConstantC, F>(m, A, m.g + i * block_size, m.dA + i * block_size, m.dBc + i * block_size,
                                                     m.dCc + i * block_size, s.states, tile.count, B, C, n);
       });

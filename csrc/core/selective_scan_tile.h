@@ -145,6 +145,57 @@ void load_parameter(F* dst, const void* data, const SelectiveScan& s, int64_t k,
   load_block<F>(dst, p, kDTypeOf<F>, state_offset, s.states, s.states, b.lanes);
 }
 
+// A of one channel block times log2(e), [state][lane], and the largest magnitude in each lane.
+template <class F>
+void load_A(F* A, F* largest, const SelectiveScan& s, int64_t k, const ChannelBlock& b, const int64_t* state_offset) {
+  constexpr int V = kLanes<F>;
+  load_parameter<F>(A, s.A, s, k, b, state_offset);
+  Vec<F> most{};
+  for (int64_t n = 0; n < s.states; ++n) {
+    const Vec<F> a = load(A + n * V) * broadcast(kLog2E<F>);
+    store<F>(A + n * V, a);
+    most = larger<F>(-minus_abs<F>(a), most);
+  }
+  store<F>(largest, most);
+}
+
+// The exponential the decays of a tile take (math.h): any; one for arguments known to be moderate; one for results of eight bits.
+enum class Decays { kAny, kNormal, kCoarse };
+
+// Those that make a difference here. kChoice false: one has to do, as for constant projections, which are rare.
+constexpr bool kRangeMatters = kVectorBytes < 64;
+template <bool kChoice>
+constexpr bool kHasNormal = kChoice && kRangeMatters;
+template <class F, bool kChoice>
+constexpr bool kHasCoarse = kChoice && kVectorBytes > 16 && sizeof(F) == 4;
+
+// `dt` and `A` are the largest magnitudes in the tile and the block.
+template <class F, bool kChoice>
+Decays choose_decays(Vec<F> dt, Vec<F> A, bool coarse = false) {
+  coarse = coarse && kHasCoarse<F, kChoice>;
+  if constexpr (!kHasNormal<kChoice>) return coarse ? Decays::kCoarse : Decays::kAny;
+  F exponent[kLanes<F>];
+  store<F>(exponent, dt * A);
+  for (F e : exponent)
+    if (!(e <= kNormalExponent<F>)) return Decays::kAny;
+  return coarse ? Decays::kCoarse : Decays::kNormal;
+}
+
+// Calls f with kAny or kNormal as a constant.
+template <bool kChoice, class Visitor>
+__attribute__((always_inline)) inline void visit_decays(Decays decays, Visitor&& f) {
+  if constexpr (kHasNormal<kChoice>) {
+    if (decays == Decays::kNormal) return f(std::integral_constant<Decays, Decays::kNormal>{});
+  }
+  f(std::integral_constant<Decays, Decays::kAny>{});
+}
+
+template <Decays decays, class F>
+inline Vec<F> decay(Vec<F> dt, Vec<F> A) {
+  if constexpr (decays == Decays::kCoarse) return exp2_product_coarse<F>(dt, A);
+  return exp2_product < F, decays == Decays::kNormal ? Range::kNormal : Range::kAny > (dt, A);
+}
+
 // One of D, delta_bias (directions, dim) as lanes; zeros when absent.
 template <class F>
 Vec<F> load_channels(const void* data, const SelectiveScan& s, int64_t k, const ChannelBlock& b) {

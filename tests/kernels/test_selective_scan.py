@@ -63,11 +63,13 @@ def test_low_precision(isa: str, dtype: torch.dtype, states: int) -> None:
 
 
 def compare_low_precision(dtype: torch.dtype, states: int) -> None:
-    """With a gate and without, when results are stored by the recurrence itself."""
+    """With a gate and without, when results are stored by the recurrence itself; with the last state and without, when
+    bfloat16 takes coarser exponentials."""
     for optional in ("D delta_bias", "D z delta_bias initial_state"):
         arguments = inputs(2, 33, 35, states, optional=optional)
-        compare(arguments, dtype, delta_softplus=True)
-        compare(laid_out(arguments, "channels-last"), dtype, delta_softplus=True)
+        for last in (False, True):
+            compare(arguments, dtype, delta_softplus=True, return_last_state=last)
+            compare(laid_out(arguments, "channels-last"), dtype, delta_softplus=True, return_last_state=last)
 
 
 @pytest.mark.parametrize("bf16_unit", _C.cpu_bf16_units(), indirect=True)
@@ -180,6 +182,44 @@ def test_decays_whose_exponent_overflows_are_zero(isa: str) -> None:
     assert (
         rms(selective_scan(**t), reference.selective_scan(**{k: x.double() for k, x in t.items()})) <= FORWARD
     )
+
+
+def one_decay(exponent: float) -> dict[str, Tensor]:
+    """Arguments of moderate decays but for one, e^exponent."""
+    t = inputs(1, 33, 100, 16, optional="D")
+    t["A"] = -torch.rand_like(t["A"])
+    t["A"][20, 3] = exponent / 8
+    t["delta"] = t["delta"].abs() / 100
+    t["delta"][0, 20, 50] = 8
+    return t
+
+
+@ISAS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("exponent", [-2000, -200, -84])
+def test_decays_outside_the_common_range(isa: str, dtype: torch.dtype, exponent: float) -> None:
+    t = one_decay(exponent)
+    for last in (False, True):
+        compare(t, dtype, return_last_state=last)
+        compare(laid_out(t, "channels-last"), dtype, return_last_state=last)
+
+
+@ISAS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("exponent", [82, 86, 1000])
+def test_states_that_grow(isa: str, dtype: torch.dtype, exponent: float) -> None:
+    """To a number, or past the largest one. The relative error of e^x is that of x times x."""
+    t = {name: x.to(dtype) if x.dim() == 3 else x for name, x in one_decay(exponent).items()}
+    low = {
+        name: x if dtype == torch.float64 else x.to(dtype if x.dim() == 3 else torch.float32)
+        for name, x in t.items()
+    }
+    got = selective_scan(**low).double()
+    want = reference.selective_scan(**{name: x.double() for name, x in low.items()})
+    if exponent == 1000:
+        assert torch.equal(got.isfinite(), want.isfinite())
+        got, want = got.nan_to_num(0, 0, 0), want.nan_to_num(0, 0, 0)
+    assert rms(got, want) < (6e-3 if dtype == torch.bfloat16 else 5e-5)
 
 
 @ISAS

@@ -16,6 +16,9 @@ Vec<F> apply(const char* name, Vec<F> x) {
   if (!std::strcmp(name, "sin")) return cos_sin_turns<F>(x).sin;
   if (!std::strcmp(name, "exp")) return iumad::IUMAD_ISA::exp<F>(x);
   if (!std::strcmp(name, "exp2")) return iumad::IUMAD_ISA::exp2<F>(x);
+  if (!std::strcmp(name, "exp2_normal")) return iumad::IUMAD_ISA::exp2<F, Range::kNormal>(x);
+  if (!std::strcmp(name, "exp2_finite")) return iumad::IUMAD_ISA::exp2<F, Range::kFinite>(x);
+  if (!std::strcmp(name, "exp2_coarse")) return exp2_product_coarse<F>(broadcast(F(0.9)), x);
   if (!std::strcmp(name, "exp2_of_square")) return exp2_product<F>(x, x);
   if (!std::strcmp(name, "log1p_unit")) return log1p_unit(x);
   if (!std::strcmp(name, "reciprocal")) return reciprocal_near_one<F>(x);

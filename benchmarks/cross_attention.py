@@ -87,7 +87,8 @@ def work(shape: tuple[int, ...], backward: bool) -> float:
 
 
 def floor(shape: tuple[int, ...], dtype: torch.dtype, backward: bool) -> float:
-    return work(shape, backward) / product_rate(dtype)
+    """bfloat16 may be multiplied as float32 as well: without instructions for it torch.mm is far slower than that."""
+    return work(shape, backward) / max(product_rate(dtype), product_rate(torch.float32))
 
 
 def cases() -> list[Case]:

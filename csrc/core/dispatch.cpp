@@ -54,8 +54,17 @@ std::atomic<Bf16>& chosen_bf16() {
 
 }  // namespace
 
+bool isa_emulated() {
+#if defined(IUMAD_EMULATED)
+  return true;
+#else
+  return false;
+#endif
+}
+
 bool isa_supported(Isa isa) {
 #if defined(__x86_64__)
+  if (isa_emulated() && isa == Isa::kAvx512) return isa_supported(Isa::kAvx2);
   switch (isa) {  // the builtins also ask whether the operating system saves the wide registers
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -91,6 +100,7 @@ const char* isa_name(Isa isa) {
 bool bf16_supported([[maybe_unused]] Bf16 unit) {
 #if defined(__x86_64__)
   if (unit == Bf16::kNone) return true;
+  if (isa_emulated()) return isa_supported(Isa::kAvx512);
   const bool avx512 = isa_supported(Isa::kAvx512) && cpu_has(7, 1, 0, 5);  // 7.1 eax: AVX512_BF16
   if (unit == Bf16::kAvx512) return avx512;
   return avx512 && cpu_has(7, 0, 3, 22) && cpu_has(7, 0, 3, 24) && tiles_permitted();  // 7.0 edx: AMX_BF16, AMX_TILE

@@ -8,6 +8,7 @@ namespace iumad {
 enum class Isa { kBaseline, kAvx2, kAvx512 };  // kBaseline: SSE2 on x86-64, NEON on aarch64
 
 bool isa_supported(Isa isa);  // compiled in, and this CPU and operating system have it
+bool isa_emulated();          // the kernels above AVX2 run in plain C++, see tests/cpu_emulation
 Isa current_isa();
 void set_isa(Isa isa);  // for tests and benchmarks; must be supported
 const char* isa_name(Isa isa);

@@ -57,6 +57,7 @@ py::dict build_info() {
   info["cpu_isas_supported"] = supported_isas();
   info["cpu_isa"] = isa_name(current_isa());
   info["cpu_bf16"] = bf16_name(current_bf16());
+  info["emulated"] = isa_emulated();
   info["cuda_architectures"] = IUMAD_CUDA_ARCHITECTURES;
   return info;
 }

@@ -40,14 +40,31 @@ pytestmark = pytest.mark.skipif(
 both_types = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 
 
-@pytest.fixture(scope="module", params=_C.cpu_isas())
+X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+def flags_for(isa: str) -> list[str]:
+    """AVX-512 is emulated where the CPU does not have it."""
+    if isa == "avx512" and ("avx512" not in _C.cpu_isas() or _C.build_info()["emulated"]):
+        return [
+            *flags_for("avx2"),
+            "-DIUMAD_EMULATED",
+            "-include",
+            str(ROOT / "tests/cpu_emulation/avx512.h"),
+        ]
+    if isa not in ("avx512", *_C.cpu_isas()):
+        pytest.skip(f"this CPU does not have {isa}")
+    return FLAGS.get(isa, [])
+
+
+@pytest.fixture(scope="module", params=list(FLAGS) if X86 else _C.cpu_isas())
 def evaluate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Evaluate:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("no C++ compiler to compile math.h with")
     program = tmp_path_factory.mktemp("math") / f"evaluate_{request.param}"
     source = ROOT / "tests/kernels/math/evaluate.cpp"
-    options = [*COMMON, *FLAGS[request.param], f"-DIUMAD_ISA={request.param}", f"-I{ROOT / 'csrc'}"]
+    options = [*COMMON, *flags_for(request.param), f"-DIUMAD_ISA={request.param}", f"-I{ROOT / 'csrc'}"]
     subprocess.run([compiler, *options, str(source), "-o", str(program)], check=True)
 
     def call(name: str, x: np.ndarray) -> np.ndarray:
@@ -123,6 +140,33 @@ def test_exp2_product_rounds_its_argument(evaluate: Evaluate, dtype: type) -> No
     bound = 2e-7 + 4.2e-8 * product if dtype == np.float32 else 4e-16 + 7.7e-17 * product
     assert (relative(evaluate("exp2_of_square", x), np.exp2(product)) < bound).all()
     assert np.isinf(evaluate("exp2_of_square", np.array([info.max], dtype))).all()  # a product that overflows
+
+
+@both_types
+def test_exp2_in_range_is_the_same(evaluate: Evaluate, dtype: type) -> None:
+    """Without clamps where none is needed."""
+    most = 120 if dtype == np.float32 else 1000
+    for name, x in (
+        ("exp2_normal", spread(-most, most, dtype)),
+        ("exp2_finite", spread(-1e4, np.finfo(dtype).maxexp - 1, dtype)),
+    ):
+        np.testing.assert_array_equal(evaluate(name, x), evaluate("exp2", x))
+    assert evaluate("exp2_finite", np.array([-np.inf], dtype))[0] == 0
+    assert np.isnan(evaluate("exp2_normal", np.array([np.nan], dtype))).all()
+    assert np.isnan(evaluate("exp2_finite", np.array([np.nan], dtype))).all()
+
+
+def test_exp2_product_coarse(evaluate: Evaluate) -> None:
+    near_zero = np.logspace(-12, 0, 1000)
+    x = np.concatenate([spread(-120, 120, np.float64), spread(-1, 1, np.float64), near_zero, -near_zero])
+    x = x.astype(np.float32)
+    got, product = evaluate("exp2_coarse", x), np.float32(0.9) * x.astype(np.longdouble)
+    assert (relative(got, np.exp2(product)) < 4e-6 + 4.2e-8 * np.abs(product)).all()
+    assert (got[x < 0] <= 1).all()
+    small = (x > -0.01) & (x < -1e-3)
+    assert relative(1 - got[small], -np.expm1(product[small] * np.log(np.longdouble(2)))).max() < 5e-4
+    assert (evaluate("exp2_coarse", np.zeros(1, np.float32)) == 1).all()
+    assert np.isnan(evaluate("exp2_coarse", np.array([np.nan], np.float32))).all()
 
 
 @both_types

@@ -64,9 +64,9 @@ bool isa_emulated() {
 
 bool isa_supported(Isa isa) {
 #if defined(__x86_64__)
-  if (isa_emulated() && isa == Isa::kAvx512) return isa_supported(Isa::kAvx2);
   switch (isa) {  // the builtins also ask whether the operating system saves the wide registers
     case Isa::kAvx512:
+      if (isa_emulated()) return isa_supported(Isa::kAvx2);
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
     case Isa::kAvx2:

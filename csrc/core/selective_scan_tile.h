@@ -193,7 +193,8 @@ __attribute__((always_inline)) inline void visit_decays(Decays decays, Visitor&&
 template <Decays decays, class F>
 inline Vec<F> decay(Vec<F> dt, Vec<F> A) {
   if constexpr (decays == Decays::kCoarse) return exp2_product_coarse<F>(dt, A);
-  return exp2_product < F, decays == Decays::kNormal ? Range::kNormal : Range::kAny > (dt, A);
+  constexpr Range range = decays == Decays::kNormal ? Range::kNormal : Range::kAny;
+  return exp2_product<F, range>(dt, A);
 }
 
 // One of D, delta_bias (directions, dim) as lanes; zeros when absent.

@@ -14,6 +14,7 @@
 
 // Only now: the compiler's own headers take it for leave to use these instructions.
 #define __AVX512F__ 1
+#define IUMAD_EMULATED 1
 
 namespace iumad_emulated {
 

@@ -46,12 +46,7 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 def flags_for(isa: str) -> list[str]:
     """AVX-512 is emulated where the CPU does not have it."""
     if isa == "avx512" and ("avx512" not in _C.cpu_isas() or _C.build_info()["emulated"]):
-        return [
-            *flags_for("avx2"),
-            "-DIUMAD_EMULATED",
-            "-include",
-            str(ROOT / "tests/cpu_emulation/avx512.h"),
-        ]
+        return [*flags_for("avx2"), "-include", str(ROOT / "tests/cpu_emulation/avx512.h")]
     if isa not in ("avx512", *_C.cpu_isas()):
         pytest.skip(f"this CPU does not have {isa}")
     return FLAGS.get(isa, [])

@@ -43,7 +43,13 @@ inline T from_compute(F x) {
 
 namespace detail {
 typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
-}
+#if defined(__AVX512F__)
+// The word each word of the result comes from: all to the upper halves of dwords, and back.
+alignas(64) constexpr uint16_t kToUpperHalves[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                                     0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+alignas(64) constexpr uint16_t kUpperHalves[32] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+#endif
+}  // namespace detail
 
 inline Vec<float> load_lanes(const float* p) { return load(p); }
 inline Vec<double> load_lanes(const double* p) { return load(p); }
@@ -51,7 +57,8 @@ inline Vec<float> load_lanes(const BFloat16* p) {
   detail::HalfWords h;
   std::memcpy(&h, p, sizeof h);
 #if defined(__AVX512F__)
-  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+  const __m512i to = (__m512i)load(detail::kToUpperHalves), words = _mm512_castsi256_si512((__m256i)h);
+  return (Vec<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, to, words);
 #else
   return (Vec<float>)(__builtin_convertvector(h, Vec<uint32_t>) << 16);
 #endif
@@ -73,6 +80,15 @@ inline void store_lanes(double* p, Vec<double> v) { store(p, v); }
 inline void store_lanes(BFloat16* p, Vec<float> v) {
 #if defined(__AVX512BF16__)  // the same but for results under the smallest normal number, which become 0
   _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#elif defined(__AVX512F__)  // as below, in half as many instructions
+  const __m512i bits = (__m512i)v;
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __mmask16 nan = _mm512_cmpunord_ps_mask((__m512)v, (__m512)v);
+  __m512i rounded = (__m512i)((Vec<uint32_t>)bits + 0x7fff);
+  rounded = _mm512_mask_add_epi32(rounded, odd, bits, _mm512_set1_epi32(0x8000));
+  rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  const __m512i upper = _mm512_permutexvar_epi16((__m512i)load(detail::kUpperHalves), rounded);
+  std::memcpy(p, &upper, sizeof upper / 2);
 #else
   using U = Vec<uint32_t>;
   const U bits = (U)v;

@@ -97,6 +97,15 @@ const char* isa_name(Isa isa) {
   }
 }
 
+bool multiply_adds_cost_no_more() {
+#if defined(__x86_64__)
+  static const bool intel = __builtin_cpu_is("intel") || isa_emulated();  // emulated, to be tested
+  return intel;
+#else
+  return false;
+#endif
+}
+
 bool bf16_supported([[maybe_unused]] Bf16 unit) {
 #if defined(__x86_64__)
   if (unit == Bf16::kNone) return true;

@@ -13,6 +13,10 @@ Isa current_isa();
 void set_isa(Isa isa);  // for tests and benchmarks; must be supported
 const char* isa_name(Isa isa);
 
+// Whether fewer instructions beat fewer multiply-adds: Intel's cores have the same two pipes of 512 bits for those and for
+// additions, AMD's have others for additions.
+bool multiply_adds_cost_no_more();
+
 // Instructions that multiply bfloat16 matrices and convert to bfloat16, used by the kernels that have a form for them while the
 // instruction set is AVX-512.
 enum class Bf16 { kNone, kAvx512, kAmx };

@@ -33,6 +33,17 @@ inline Vec<double> exp2_fraction(Vec<double> f) {
 template <class F>
 constexpr F kRoundMagic = sizeof(F) == 8 ? F(0x1.8p52) : F(0x1.8p23);  // adding it rounds to an integer, kept in the low bits
 
+// Keeps the compiler from fusing the product x with what follows.
+template <class F>
+inline Vec<F> rounded(Vec<F> x) {
+#if defined(IUMAD_EMULATED)
+  asm("" : "+m"(x));  // no register is as wide
+#elif defined(__SSE2__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
 #if defined(__AVX512F__)
 // 2^(i / 32): as many as one permutation of two registers can look up.
 alignas(64) constexpr float kRootsOfTwo[32] = {
@@ -54,6 +65,33 @@ alignas(64) constexpr float kCoarseRoots[32] = {
 inline Vec<float> look_up(const float (&table)[32], Vec<float> index) {
   return (Vec<float>)_mm512_permutex2var_ps((__m512)load(table), (__m512i)index, (__m512)load(table + 16));
 }
+
+// x = n + rest for a multiple n of 1/32, up to which are that many in the low bits of `shifted`: rest is within 1/64 where 2^x is
+// neither inf nor 0. `shift` is taken off n and added to rest.
+struct Split {
+  Vec<float> shifted, n, rest;
+};
+constexpr float kRound32nds = 0x1.8p18f;
+inline Split split(Vec<float> x, float shift = 0) {
+  x = rounded<float>(x);  // fused with what follows, rest would be its rounding error, which has no bound
+  const Vec<float> shifted = x + broadcast(kRound32nds), n = shifted - broadcast(kRound32nds + shift);
+  return {shifted, n, x - n};
+}
+// The same of a b, not rounded; it has to be moderate, see kModerateExponent.
+inline Split split_product(Vec<float> a, Vec<float> b, float shift = 0) {
+  const Vec<float> shifted = fma(a, b, broadcast(kRound32nds)), n = shifted - broadcast(kRound32nds + shift);
+  return {shifted, n, fma(a, b, -n)};
+}
+
+// 2^x. scalef multiplies by 2 to the floor of n with correct overflow, underflow and NaN, and by 2^inf or 2^-inf even what is NaN
+// as the rest is there: nothing is clamped. What it multiplies is positive for any rest. (vreduceps would give the rest at once,
+// but waits for what its register held before, on Zen 4.)
+inline Vec<float> exp2(const Split& x) {
+  const Vec<float> root = look_up(kRootsOfTwo, x.shifted);
+  const Vec<float> slope =
+      fma(broadcast(0x1.ebf6a2p-3f), x.rest, broadcast(0x1.62e58p-1f));  // (2^f - 1) / f; minimax, 2^f within 5.3e-8
+  return (Vec<float>)_mm512_scalef_ps((__m512)fma(slope, root * x.rest, root), (__m512)x.n);
+}
 #elif defined(__AVX2__)
 // The bits of 2^(i / 8 - 1), as many as one permutation can look up, less i in the upper places of the mantissa: what is left to
 // add to n << 20 for the bits of 2^(n / 8 - 1).
@@ -72,17 +110,6 @@ inline Vec<float> root_of_two(const int32_t (&table)[8], Vec<float> shifted) {
 }
 #endif
 
-// Keeps the compiler from fusing the product x with what follows.
-template <class F>
-inline Vec<F> rounded(Vec<F> x) {
-#if defined(IUMAD_EMULATED)
-  asm("" : "+m"(x));  // no register is as wide
-#elif defined(__SSE2__)
-  asm("" : "+v"(x));
-#endif
-  return x;
-}
-
 }  // namespace detail
 
 // What is known of the argument of an exponential: nothing; that 2^x is finite, or NaN; or that 2^x and a few binary orders
@@ -90,6 +117,9 @@ inline Vec<F> rounded(Vec<F> x) {
 enum class Range { kAny, kFinite, kNormal };
 template <class F>
 constexpr F kNormalExponent = sizeof(F) == 8 ? 1000 : 120;
+// |x| up to which no step of an exponential overflows: all the more of AVX-512's, which scale by a power of two whatever it is.
+template <class F>
+constexpr F kModerateExponent = sizeof(F) == 4 && kVectorBytes == 64 ? F(0x1p60) : kNormalExponent<F>;
 
 // 2^x. Relative error < 2e-7 (float), < 4e-16 (double). Without scalef, results under the smallest normal number, or with AVX2
 // twice that, are 0 or some smaller number. inf and NaN propagate as in std::exp2.
@@ -97,16 +127,10 @@ template <class F, Range range = Range::kAny>
 inline Vec<F> exp2(Vec<F> x) {
   using V = Vec<F>;
 #if defined(__AVX512F__)
-  // scalef multiplies by a power of two with correct overflow, underflow and NaN, and by 2^inf or 2^-inf even what is NaN as f is
-  // there: nothing is clamped. (vreduceps would give f at once, but waits for what its register held before, on Zen 4.)
-  x = detail::rounded<F>(x);  // fused with what follows, f would be its rounding error, which has no bound
   if constexpr (sizeof(F) == 4) {
-    const V shifted = x + broadcast(0x1.8p18f);             // x in units of 1/32, in the low bits
-    const V n = shifted - broadcast(0x1.8p18f), f = x - n;  // f in [-1/64, 1/64], where 2^x is neither inf nor 0
-    const V root = detail::look_up(detail::kRootsOfTwo, shifted);
-    const V slope = fma(broadcast(0x1.ebf6a2p-3f), f, broadcast(0x1.62e58p-1f));  // (2^f - 1) / f; minimax, 2^f within 5.3e-8
-    return (V)_mm512_scalef_ps((__m512)fma(slope, root * f, root), (__m512)n);    // by 2 to the floor of n
+    return detail::exp2(detail::split(x));
   } else {
+    x = detail::rounded<F>(x);
     const V n = (V)_mm512_roundscale_pd((__m512d)x, _MM_FROUND_NO_EXC);
     return (V)_mm512_scalef_pd((__m512d)detail::exp2_fraction(x - n), (__m512d)n);
   }
@@ -139,18 +163,27 @@ inline Vec<F> exp2_product(Vec<F> a, Vec<F> b) {
   return exp2<F, range>(a * b);
 }
 
+// The same for |a b| <= kModerateExponent. Of float with AVX-512 the product is not rounded: an instruction less, but one more
+// multiply-add among them (see multiply_adds_cost_no_more in dispatch.h).
+template <class F>
+inline Vec<F> exp2_product_moderate(Vec<F> a, Vec<F> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 4) return detail::exp2(detail::split_product(a, b));
+#endif
+  return exp2_product<F, Range::kNormal>(a, b);
+}
+
 // The same, and 1 where a b is 0, as exactly as results of eight bits ask for: relative error < 4e-6 (AVX-512: 4e-7) plus that of
 // the product. 2^f is a square plus a constant, and its factor goes into the table: an instruction less, with AVX2 two. Of float
-// with these; else as above. |a b| <= kNormalExponent except with AVX-512.
-template <class F>
+// with these; else as above. Not kModerate, of any a b: with AVX-512 only.
+template <class F, bool kModerate>
 inline Vec<F> exp2_product_coarse(Vec<F> a, Vec<F> b) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(F) == 4) {
-    using V = Vec<float>;
-    const V x = detail::rounded<float>(a * b), shifted = x + broadcast(0x1.8p18f);
-    const V n = shifted - broadcast(0x1.8p18f + detail::kCoarseShift), g = x - n;  // n and g less and more than above by s
-    const V root = detail::look_up(detail::kCoarseRoots, shifted);
-    return (V)_mm512_scalef_ps((__m512)(root * fma(g, g, broadcast(detail::kCoarseTerm))), (__m512)n);
+    constexpr float kShift = detail::kCoarseShift;
+    const detail::Split x = kModerate ? detail::split_product(a, b, kShift) : detail::split(a * b, kShift);
+    const Vec<F> square = fma(x.rest, x.rest, broadcast(detail::kCoarseTerm));
+    return (Vec<F>)_mm512_scalef_ps((__m512)(detail::look_up(detail::kCoarseRoots, x.shifted) * square), (__m512)x.n);
   }
 #elif defined(__AVX2__)
   if constexpr (sizeof(F) == 4) {
@@ -160,7 +193,7 @@ inline Vec<F> exp2_product_coarse(Vec<F> a, Vec<F> b) {
     return detail::root_of_two(detail::kCoarseRootBits, shifted) * fma(g, g, broadcast(detail::kCoarseTerm));
   }
 #endif
-  return exp2_product<F, Range::kNormal>(a, b);
+  return exp2_product_moderate<F>(a, b);
 }
 
 template <class F, Range range = Range::kAny>
@@ -178,6 +211,15 @@ inline Vec<float> log1p_unit(Vec<float> e) {
   p = fma(p, e, broadcast(0x1.553004p-2f));
   p = fma(p, e, broadcast(-0x1.fffeacp-2f));
   p = fma(p, e, broadcast(0x1.fffffep-1f));
+  return p * e;
+}
+// The same with a relative error < 9e-6, for results of eight bits.
+inline Vec<float> log1p_unit_coarse(Vec<float> e) {
+  Vec<float> p = fma(broadcast(-0x1.87127ap-6f), e, broadcast(0x1.9e9b42p-4f));
+  p = fma(p, e, broadcast(-0x1.ae2e02p-3f));
+  p = fma(p, e, broadcast(0x1.4d02fap-2f));
+  p = fma(p, e, broadcast(-0x1.ff5896p-2f));
+  p = fma(p, e, broadcast(0x1.fffee6p-1f));
   return p * e;
 }
 inline Vec<double> log1p_unit(Vec<double> e) {
@@ -291,17 +333,24 @@ inline void sigmoid(const F* x, Vec<F> (&y)[n]) {
 }
 
 // softplus(x) = log(1 + e^x), the identity above 20 (as torch.nn.functional.softplus), and its derivative, from e = e^-|x|: two
-// steps, for a loop over each keeps more of these long chains in flight than one over both.
+// steps, for a loop over each keeps more of these long chains in flight than one over both. kCoarse: of float, the value with a
+// relative error < 1e-5.
 template <class F>
 struct Softplus {
   Vec<F> value, derivative;
 };
-template <class F>
+template <class F, bool kCoarse = false>
 inline Softplus<F> softplus(Vec<F> x, Vec<F> e) {
   using V = Vec<F>;
   const V zero{}, one = broadcast(F(1)), threshold = broadcast(F(20));
-  const V value = log1p_unit(e) + larger<F>(zero, x);
+  V value = larger<F>(zero, x);
+  if constexpr (kCoarse) {
+    value += log1p_unit_coarse(e);
+  } else {
+    value += log1p_unit(e);
+  }
   const V derivative = (x < zero ? e : one) * reciprocal_near_one<F>(one + e);
+  if constexpr (sizeof(F) == 4) return {value, derivative};  // e^-20 adds nothing to either
   return {x > threshold ? x : value, x > threshold ? one : derivative};
 }
 

@@ -88,14 +88,19 @@ __attribute__((noinline)) void scan_tile(const F* A, F* h, const Prepared<F>& p,
   IUMAD_UNROLL for (int n = 0; n < kStates; ++n) store<F>(h + n * V, state[n]);
 }
 
-// The parameters and the initial state of one channel block.
 template <class F>
-void load_block_state(const SelectiveScan& s, int64_t k, const ChannelBlock& b, int64_t index, ForwardScratch<F>& m) {
+void load_parameters(const SelectiveScan& s, int64_t k, const ChannelBlock& b, int64_t index, ForwardScratch<F>& m) {
   constexpr int V = kLanes<F>;
   const int64_t at_block = index * s.states * V;
   load_A<F>(m.A + at_block, m.largest_A + index * V, s, k, b, m.state_offset);
   if (s.B.constant) load_parameter<F>(m.B + at_block, s.B.data, s, k, b, m.state_offset);
   if (s.C.constant) load_parameter<F>(m.C + at_block, s.C.data, s, k, b, m.state_offset);
+}
+
+template <class F>
+void load_initial_state(const SelectiveScan& s, int64_t k, const ChannelBlock& b, int64_t index, ForwardScratch<F>& m) {
+  constexpr int V = kLanes<F>;
+  const int64_t at_block = index * s.states * V;
   const StateView& v = s.initial_state;
   if (v.data == nullptr) {
     std::memset(m.h + at_block, 0, s.states * V * sizeof(F));
@@ -140,63 +145,63 @@ struct ForwardTile {
         out(s.out, tile, batch, k) {}
 };
 
-// The tokens of a tile of one channel block: read in place where they are whole vectors, else from a copy.
-template <class F>
-struct TokenRows {
-  void* data;
-  DType dtype;
-  const int64_t* offset;
-
-  Vec<F> operator[](int t) const {
-    Vec<F> v;
-    visit<F>(dtype, data, [&](auto* p) { v = load_lanes(p + offset[t]); });
-    return v;
-  }
-};
+// Whether nothing more exact than bfloat16 comes of it: a last state is a float.
+inline bool eight_bits(const SelectiveScan& s) { return s.out.dtype == DType::kBFloat16 && !s.last_state.data; }
 
 template <class F>
 bool in_place(const TileView& v, const ChannelBlock& b) {
   return v.view->channel == 1 && b.lanes == kLanes<F>;
 }
 
+// What the recurrence needs of `count` tokens, those of u and delta being at the offsets. kCoarse: for results of eight bits.
+template <bool kCoarse, class F, class T>
+void prepare_tokens(const Prepared<F>& p, const T* u, const int64_t* u_offset, const T* delta, const int64_t* delta_offset,
+                    int count, Vec<F> bias, Vec<F> skip, bool apply_softplus) {
+  constexpr int V = kLanes<F>;
+  F *dt_row = p.dt, *dtu_row = p.dtu, *y_row = p.y;
+  Vec<F> largest{};
+  // Several tokens at a time, for the softplus is a single long chain.
+  const auto from = [&](int t, auto tokens) __attribute__((always_inline)) {
+    constexpr int kTokens = decltype(tokens)::value;
+    Vec<F> dt[kTokens];
+    IUMAD_UNROLL for (int i = 0; i < kTokens; ++i) dt[i] = load_lanes(delta + delta_offset[t + i]) + bias;
+    if (apply_softplus) {
+      Vec<F> e[kTokens];
+      IUMAD_UNROLL for (int i = 0; i < kTokens; ++i) e[i] = exp<F, Range::kFinite>(minus_abs<F>(dt[i]));
+      IUMAD_UNROLL for (int i = 0; i < kTokens; ++i) dt[i] = softplus<F, kCoarse>(dt[i], e[i]).value;
+    }
+    IUMAD_UNROLL for (int i = 0; i < kTokens; ++i) {
+      const Vec<F> ut = load_lanes(u + u_offset[t + i]);
+      largest = larger<F>(abs<F>(dt[i]), largest);
+      store<F>(dt_row + (t + i) * V, dt[i]);
+      store<F>(dtu_row + (t + i) * V, dt[i] * ut);
+      store<F>(y_row + (t + i) * V, skip * ut);
+    }
+  };
+  int t = 0;
+  for (; t + 4 <= count; t += 4) from(t, std::integral_constant<int, 4>{});
+  for (; t < count; ++t) from(t, std::integral_constant<int, 1>{});
+  store<F>(p.largest, largest);
+}
+
 // Reads u and delta of a tile of one channel block into `p`.
 template <class F>
 __attribute__((noinline)) void prepare(const SelectiveScan& s, int64_t k, const ForwardTile& tile, const ChannelBlock& b,
                                        const Prepared<F>& p, const ForwardScratch<F>& m) {
-  constexpr int V = kLanes<F>;
-  TokenRows<F> u{tile.u.block(b), s.u.dtype, tile.u.offset}, delta{tile.delta.block(b), s.delta.dtype, tile.delta.offset};
-  if (!in_place<F>(tile.u, b)) {
-    load_tokens<F>(m.u, tile.u, b);
-    u = {m.u, kDTypeOf<F>, m.dense};
-  }
-  if (s.delta_rows != s.dim || !in_place<F>(tile.delta, b)) {
-    load_delta<F>(m.delta, s, tile.delta, b);
-    delta = {m.delta, kDTypeOf<F>, m.dense};
-  }
   const Vec<F> bias = load_channels<F>(s.delta_bias, s, k, b), skip = load_channels<F>(s.D, s, k, b);
-  Vec<F> largest{};
-  // Several tokens at a time, for the softplus is a single long chain.
-  const auto prepare_from = [&](int t, auto tokens) {
-    constexpr int kTokens = decltype(tokens)::value;
-    Vec<F> dt[kTokens];
-    IUMAD_UNROLL for (int i = 0; i < kTokens; ++i) dt[i] = delta[t + i] + bias;
-    if (s.delta_softplus) {
-      Vec<F> e[kTokens];
-      IUMAD_UNROLL for (int i = 0; i < kTokens; ++i) e[i] = exp<F, Range::kFinite>(minus_abs<F>(dt[i]));
-      IUMAD_UNROLL for (int i = 0; i < kTokens; ++i) dt[i] = softplus<F>(dt[i], e[i]).value;
-    }
-    IUMAD_UNROLL for (int i = 0; i < kTokens; ++i) {
-      const Vec<F> ut = u[t + i];
-      if constexpr (kRangeMatters) largest = larger<F>(-minus_abs<F>(dt[i]), largest);
-      store<F>(p.dt + (t + i) * V, dt[i]);
-      store<F>(p.dtu + (t + i) * V, dt[i] * ut);
-      store<F>(p.y + (t + i) * V, skip * ut);
-    }
-  };
-  int t = 0;
-  for (; t + 4 <= tile.tokens.count; t += 4) prepare_from(t, std::integral_constant<int, 4>{});
-  for (; t < tile.tokens.count; ++t) prepare_from(t, std::integral_constant<int, 1>{});
-  store<F>(p.largest, largest);
+  const int count = tile.tokens.count;
+  if (s.u.dtype == s.delta.dtype && s.delta_rows == s.dim && in_place<F>(tile.u, b) && in_place<F>(tile.delta, b)) {
+    return visit<F>(s.u.dtype, tile.u.block(b), [&](auto* u) {
+      constexpr bool kCoarse = std::is_same_v<decltype(u), BFloat16*>;
+      const auto* delta = reinterpret_cast<decltype(u)>(tile.delta.block(b));
+      const auto tokens = kCoarse && eight_bits(s) ? prepare_tokens<kCoarse, F, std::remove_pointer_t<decltype(u)>>
+                                                   : prepare_tokens<false, F, std::remove_pointer_t<decltype(u)>>;
+      tokens(p, u, tile.u.offset, delta, tile.delta.offset, count, bias, skip, s.delta_softplus);
+    });
+  }
+  load_tokens<F>(m.u, tile.u, b);
+  load_delta<F>(m.delta, s, tile.delta, b);
+  prepare_tokens<false, F, F>(p, m.u, m.dense, m.delta, m.dense, count, bias, skip, s.delta_softplus);
 }
 
 // y times silu(z).
@@ -219,7 +224,7 @@ void scan_tokens(const SelectiveScan& s, int64_t k, const ScanDirection& directi
   const bool again = k > 0 && s.order.overlaps();  // an earlier direction has written these pixels
   const bool plain = !s.z.data && !again;
   const bool as_computed = s.out.dtype == kDTypeOf<F>;
-  const bool coarse = s.out.dtype == DType::kBFloat16 && !s.last_state.data;  // which is a float
+  const bool coarse = eight_bits(s);
   const int tokens = s.tile_states ? kTile : kMostTokens;
   ForwardTile tile(s, TokenTile(direction, 0, tokens), batch, k);
   prepare<F>(s, k, tile, m.block[0], m.next, m);
@@ -248,25 +253,20 @@ void scan_tokens(const SelectiveScan& s, int64_t k, const ScanDirection& directi
       C.block = m.C + i * block_size;
       const Decays decays = choose_decays<F, kCommon>(load(m.now.largest), load(m.largest_A + i * V), coarse);
       // The last run of states writes the tokens where they belong, unless something is still to be done with them.
-      const bool finishes = plain && in_place<F>(tile.out, m.block[i]) && (as_computed || decays == Decays::kCoarse);
+      const bool finishes = plain && in_place<F>(tile.out, m.block[i]) && (as_computed || decays.coarse);
       for_state_runs<kRun>(s.states, [&](auto run, int64_t n) {
         constexpr int kStates = decltype(run)::value;
         const bool out_now = finishes && n + kStates == s.states;
         char* out_data = tile.out.block(m.block[i]);
         const auto scan = [&](auto also) {
-          const auto to = [&](auto which, auto* y, const int64_t* offset) {
-            scan_tile<kStates, decltype(which)::value, F>(A + n * V, h + n * V, m.now, tile.tokens.count, B, C, n, y, offset,
-                                                          also);
-          };
-          const int64_t* offset = out_now ? tile.out.offset : m.dense;
-          if constexpr (kHasCoarse<F, kCommon>) {
-            constexpr std::integral_constant<Decays, Decays::kCoarse> which;
-            if (decays == Decays::kCoarse) {
-              return out_now ? to(which, reinterpret_cast<BFloat16*>(out_data), offset) : to(which, m.now.y, offset);
-            }
-          }
-          visit_decays<kCommon>(decays,
-                                [&](auto which) { to(which, out_now ? reinterpret_cast<F*>(out_data) : m.now.y, offset); });
+          visit_decays<F, kCommon, true>(decays, [&](auto which) {
+            constexpr Decays kDecays = decltype(which)::value;
+            using Out = std::conditional_t<kDecays.coarse, BFloat16, F>;
+            const auto to = [&](auto* y, const int64_t* offset) {
+              scan_tile<kStates, kDecays, F>(A + n * V, h + n * V, m.now, tile.tokens.count, B, C, n, y, offset, also);
+            };
+            out_now ? to(reinterpret_cast<Out*>(out_data), tile.out.offset) : to(m.now.y, m.dense);
+          });
         };
         if (n == 0) {
           scan([ u, delta, z, out ](int t) __attribute__((always_inline)) {
@@ -290,7 +290,7 @@ void scan_tokens(const SelectiveScan& s, int64_t k, const ScanDirection& directi
 template <class F, bool kConstantB, bool kConstantC>
 void scan_direction(const SelectiveScan& s, int64_t k, int64_t blocks, ForwardScratch<F>& m) {
   const ScanDirection direction = s.order.direction(k);
-  for (int64_t i = 0; i < blocks; ++i) load_block_state<F>(s, k, m.block[i], i, m);
+  for (int64_t i = 0; i < blocks; ++i) load_initial_state<F>(s, k, m.block[i], i, m);
   if (direction.length > 0) scan_tokens<F, kConstantB, kConstantC>(s, k, direction, blocks, m);
   for (int64_t i = 0; i < blocks; ++i) store_last_state<F>(s, k, m.block[i], m.h + i * s.states * kLanes<F>, m.state_offset);
 }
@@ -312,11 +312,17 @@ void forward(const SelectiveScan& s, int64_t begin, int64_t end) {
   ForwardScratch<F> m(s.states, per_task);
   const auto run = s.B.constant ? (s.C.constant ? scan_direction<F, true, true> : scan_direction<F, true, false>)
                                 : (s.C.constant ? scan_direction<F, false, true> : scan_direction<F, false, false>);
+  int64_t loaded = -1;  // whose parameters are in scratch: the same channels of the whole batch follow one another
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t first = task % count * per_task, group = task / count % s.groups, batch = task / count / s.groups;
+    const int64_t batch = task % s.batch, channels = task / s.batch, first = channels % count * per_task,
+                  group = channels / count;
     const int64_t left = group_blocks - first, blocks = left < per_task ? left : per_task;
     for (int64_t i = 0; i < blocks; ++i) m.block[i] = channel_block<F>(s, batch, group, first + i);
-    for (int64_t k = 0; k < s.order.directions(); ++k) run(s, k, blocks, m);
+    for (int64_t k = 0; k < s.order.directions(); ++k) {
+      if (const int64_t now = channels * s.order.directions() + k; std::exchange(loaded, now) != now)
+        for (int64_t i = 0; i < blocks; ++i) load_parameters<F>(s, k, m.block[i], i, m);
+      run(s, k, blocks, m);
+    }
   }
 }
 
@@ -332,10 +338,12 @@ float exponentials(int64_t count) {
   for (int i = 0; i < kTile * V; ++i) step[i] = 0.01f * float(i);
   for (int i = 0; i < kRun * V; ++i) A[i] = -0.1f * float(i);
   Vec<float> sum{};
-  for (int64_t i = 0; i < count / (kRun * V); ++i) {
-    const Vec<float> x = load(step + i % kTile * V);
-    IUMAD_UNROLL for (int n = 0; n < kRun; ++n) sum += decay<Decays::kNormal, float>(x, load(A + n * V));
-  }
+  visit_decays<float, true, false>(choose_decays<float, true>(load(step), load(A)), [&](auto which) {
+    for (int64_t i = 0; i < count / (kRun * V); ++i) {
+      const Vec<float> x = load(step + i % kTile * V);
+      IUMAD_UNROLL for (int n = 0; n < kRun; ++n) sum += decay<decltype(which)::value, float>(x, load(A + n * V));
+    }
+  });
   return sum_lanes<float>(sum);
 }
 

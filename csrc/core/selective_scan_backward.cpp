@@ -160,7 +160,7 @@ Vec<F> finish_delta(F* dt, F* slope, const SelectiveScan& s, int count, Vec<F> b
     const Softplus<F> y = s.delta_softplus ? softplus<F>(x, load(slope + t * V)) : Softplus<F>{x, broadcast(F(1))};
     store<F>(dt + t * V, y.value);
     store<F>(slope + t * V, y.derivative);
-    if constexpr (kRangeMatters) largest = larger<F>(-minus_abs<F>(y.value), largest);
+    largest = larger<F>(abs<F>(y.value), largest);
   }
   return largest;
 }
@@ -308,7 +308,7 @@ void backward_direction(const SelectiveScan& s, const SelectiveScanGradients& d,
       for_state_runs<kRun>(s.states, [&](auto run, int64_t n) {
         constexpr int kStates = decltype(run)::value;
         load_tile_states<F>(m.h, s, k, index, b, n, kStates);
-        visit_decays<kCommon>(decays, [&](auto which) {
+        visit_decays<F, kCommon, false>(decays, [&](auto which) {
           if (s.z.data) {
             recompute<kStates, decltype(which)::value, true, F>(m, A, tile.count, B, C, n);
           } else {

@@ -154,18 +154,19 @@ void load_A(F* A, F* largest, const SelectiveScan& s, int64_t k, const ChannelBl
   for (int64_t n = 0; n < s.states; ++n) {
     const Vec<F> a = load(A + n * V) * broadcast(kLog2E<F>);
     store<F>(A + n * V, a);
-    most = larger<F>(-minus_abs<F>(a), most);
+    most = larger<F>(abs<F>(a), most);
   }
   store<F>(largest, most);
 }
 
-// The exponential the decays of a tile take (math.h): any; one for arguments known to be moderate; one for results of eight bits.
-enum class Decays { kAny, kNormal, kCoarse };
+// The exponential the decays of a tile take (math.h): for any arguments or for moderate ones; for results of eight bits or not.
+struct Decays {
+  bool moderate, coarse;
+};
 
 // Those that make a difference here. kChoice false: one has to do, as for constant projections, which are rare.
-constexpr bool kRangeMatters = kVectorBytes < 64;
-template <bool kChoice>
-constexpr bool kHasNormal = kChoice && kRangeMatters;
+template <class F, bool kChoice>
+constexpr bool kHasModerate = kChoice && !(kVectorBytes == 64 && sizeof(F) == 8);
 template <class F, bool kChoice>
 constexpr bool kHasCoarse = kChoice && kVectorBytes > 16 && sizeof(F) == 4;
 
@@ -173,28 +174,34 @@ constexpr bool kHasCoarse = kChoice && kVectorBytes > 16 && sizeof(F) == 4;
 template <class F, bool kChoice>
 Decays choose_decays(Vec<F> dt, Vec<F> A, bool coarse = false) {
   coarse = coarse && kHasCoarse<F, kChoice>;
-  if constexpr (!kHasNormal<kChoice>) return coarse ? Decays::kCoarse : Decays::kAny;
+  const Decays any = {false, coarse && kVectorBytes == 64};
+  if (!kHasModerate<F, kChoice> || (kVectorBytes == 64 && !multiply_adds_cost_no_more())) return any;
   F exponent[kLanes<F>];
   store<F>(exponent, dt * A);
   for (F e : exponent)
-    if (!(e <= kNormalExponent<F>)) return Decays::kAny;
-  return coarse ? Decays::kCoarse : Decays::kNormal;
+    if (!(e <= kModerateExponent<F>)) return any;
+  return {true, coarse};
 }
 
-// Calls f with kAny or kNormal as a constant.
-template <bool kChoice, class Visitor>
+// Calls f with the decays as a constant.
+template <class F, bool kChoice, bool kMayBeCoarse, class Visitor>
 __attribute__((always_inline)) inline void visit_decays(Decays decays, Visitor&& f) {
-  if constexpr (kHasNormal<kChoice>) {
-    if (decays == Decays::kNormal) return f(std::integral_constant<Decays, Decays::kNormal>{});
+  if constexpr (kMayBeCoarse && kHasCoarse<F, kChoice>) {
+    if (decays.coarse && decays.moderate) return f(std::integral_constant<Decays, Decays{true, true}>{});
+    if constexpr (kVectorBytes == 64) {
+      if (decays.coarse) return f(std::integral_constant<Decays, Decays{false, true}>{});
+    }
   }
-  f(std::integral_constant<Decays, Decays::kAny>{});
+  if constexpr (kHasModerate<F, kChoice>) {
+    if (decays.moderate) return f(std::integral_constant<Decays, Decays{true, false}>{});
+  }
+  f(std::integral_constant<Decays, Decays{false, false}>{});
 }
 
 template <Decays decays, class F>
 inline Vec<F> decay(Vec<F> dt, Vec<F> A) {
-  if constexpr (decays == Decays::kCoarse) return exp2_product_coarse<F>(dt, A);
-  constexpr Range range = decays == Decays::kNormal ? Range::kNormal : Range::kAny;
-  return exp2_product<F, range>(dt, A);
+  if constexpr (decays.coarse) return exp2_product_coarse<F, decays.moderate>(dt, A);
+  return decays.moderate ? exp2_product_moderate<F>(dt, A) : exp2_product<F>(dt, A);
 }
 
 // One of D, delta_bias (directions, dim) as lanes; zeros when absent.

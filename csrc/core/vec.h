@@ -119,11 +119,16 @@ inline Vec<F> smaller(Vec<F> a, Vec<F> b) {
 #endif
 }
 
-// -|x|
+// -|x| and |x|
 template <class F>
 inline Vec<F> minus_abs(Vec<F> x) {
   using I = Vec<IntOf<F>>;
   return (Vec<F>)((I)x | (I)broadcast(F(-0.0)));
+}
+template <class F>
+inline Vec<F> abs(Vec<F> x) {
+  using I = Vec<IntOf<F>>;
+  return (Vec<F>)((I)x & ~(I)broadcast(F(-0.0)));
 }
 
 namespace detail {

@@ -150,6 +150,31 @@ inline unsigned cmpge_epu32_mask(Int a, Int b) {
 inline unsigned cmpge_epu64_mask(Int a, Int b) {
   return bits<uint64_t>([](uint64_t x, uint64_t y) { return x >= y; }, a, b);
 }
+inline unsigned test_epi32_mask(Int a, Int b) {
+  return bits<uint32_t>([](uint32_t x, uint32_t y) { return (x & y) != 0; }, a, b);
+}
+inline unsigned cmpunord_ps_mask(Float a, Float b) {
+  return bits<float>([](float x, float y) { return x != x || y != y; }, (Int)a, (Int)b);
+}
+// a + b, or a | b; from `kept` where the bit of `mask` is not set.
+inline Int mask_add_epi32(Int kept, unsigned mask, Int a, Int b) {
+  return make<Int, uint32_t>(
+      [&](unsigned i) { return mask >> i & 1 ? lane<uint32_t>(a, i) + lane<uint32_t>(b, i) : lane<uint32_t>(kept, i); });
+}
+inline Int mask_or_epi32(Int kept, unsigned mask, Int a, Int b) {
+  return make<Int, uint32_t>(
+      [&](unsigned i) { return mask >> i & 1 ? lane<uint32_t>(a, i) | lane<uint32_t>(b, i) : lane<uint32_t>(kept, i); });
+}
+inline Int maskz_permutexvar_epi16(unsigned mask, Int index, Int a) {
+  return make<Int, uint16_t>(
+      [&](unsigned i) { return mask >> i & 1 ? lane<uint16_t>(a, lane<uint16_t>(index, i) & 31) : uint16_t(0); });
+}
+inline Int permutexvar_epi16(Int index, Int a) { return maskz_permutexvar_epi16(~0u, index, a); }
+inline Int castsi256_si512(__m256i a) {
+  Int x{};
+  std::memcpy(&x, &a, sizeof a);
+  return x;
+}
 inline Float maskz_mov_ps(unsigned mask, Float a) {
   return make<Float, float>([&](unsigned i) { return mask >> i & 1 ? a[i] : 0; });
 }
@@ -251,17 +276,22 @@ inline void tile_dpbf16ps(int c, int a, int b) {
 
 }  // namespace iumad_emulated
 
+#define _mm512_castsi256_si512 iumad_emulated::castsi256_si512
 #define _mm512_cmpge_epu32_mask iumad_emulated::cmpge_epu32_mask
 #define _mm512_cmpge_epu64_mask iumad_emulated::cmpge_epu64_mask
+#define _mm512_cmpunord_ps_mask iumad_emulated::cmpunord_ps_mask
 #define _mm512_cvtepu16_epi32 iumad_emulated::cvtepu16_epi32
 #define _mm512_cvtneps_pbh iumad_emulated::cvtneps_pbh
 #define _mm512_cvtph_ps iumad_emulated::cvtph_ps
 #define _mm512_cvtps_ph iumad_emulated::cvtps_ph
 #define _mm512_dpbf16_ps iumad_emulated::dpbf16_ps
 #define _mm512_loadu_ps iumad_emulated::loadu_ps
+#define _mm512_mask_add_epi32 iumad_emulated::mask_add_epi32
+#define _mm512_mask_or_epi32 iumad_emulated::mask_or_epi32
 #define _mm512_mask_shuffle_epi32 iumad_emulated::mask_shuffle_epi32
 #define _mm512_maskz_mov_pd iumad_emulated::maskz_mov_pd
 #define _mm512_maskz_mov_ps iumad_emulated::maskz_mov_ps
+#define _mm512_maskz_permutexvar_epi16 iumad_emulated::maskz_permutexvar_epi16
 #define _mm512_max_pd iumad_emulated::max_pd
 #define _mm512_max_ps iumad_emulated::max_ps
 #define _mm512_min_pd iumad_emulated::min_pd
@@ -269,6 +299,7 @@ inline void tile_dpbf16ps(int c, int a, int b) {
 #define _mm512_mul_epu32 iumad_emulated::mul_epu32
 #define _mm512_or_si512 iumad_emulated::or_si512
 #define _mm512_permutex2var_ps iumad_emulated::permutex2var_ps
+#define _mm512_permutexvar_epi16 iumad_emulated::permutexvar_epi16
 #define _mm512_rcp14_ps iumad_emulated::rcp14_ps
 #define _mm512_reduce_add_ps iumad_emulated::reduce_add_ps
 #define _mm512_reduce_max_ps iumad_emulated::reduce_max_ps
@@ -283,6 +314,7 @@ inline void tile_dpbf16ps(int c, int a, int b) {
 #define _mm512_sqrt_ps iumad_emulated::sqrt_ps
 #define _mm512_storeu_si512 iumad_emulated::storeu_si512
 #define _mm512_ternarylogic_epi64 iumad_emulated::ternarylogic_epi64
+#define _mm512_test_epi32_mask iumad_emulated::test_epi32_mask
 #define _mm512_stream_si512 iumad_emulated::storeu_si512
 
 #undef _tile_loadconfig

@@ -53,13 +53,19 @@ def flags_for(isa: str) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=list(FLAGS) if X86 else _C.cpu_isas())
-def evaluate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Evaluate:
+def isa(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def evaluate(isa: str, tmp_path_factory: pytest.TempPathFactory) -> Evaluate:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("no C++ compiler to compile math.h with")
-    program = tmp_path_factory.mktemp("math") / f"evaluate_{request.param}"
+    program = tmp_path_factory.mktemp("math") / f"evaluate_{isa}"
     source = ROOT / "tests/kernels/math/evaluate.cpp"
-    options = [*COMMON, *flags_for(request.param), f"-DIUMAD_ISA={request.param}", f"-I{ROOT / 'csrc'}"]
+    options = [*COMMON, *flags_for(isa), f"-DIUMAD_ISA={isa}", f"-I{ROOT / 'csrc'}"]
     subprocess.run([compiler, *options, str(source), "-o", str(program)], check=True)
 
     def call(name: str, x: np.ndarray) -> np.ndarray:
@@ -151,17 +157,44 @@ def test_exp2_in_range_is_the_same(evaluate: Evaluate, dtype: type) -> None:
     assert np.isnan(evaluate("exp2_finite", np.array([np.nan], dtype))).all()
 
 
-def test_exp2_product_coarse(evaluate: Evaluate) -> None:
+@both_types
+def test_exp2_product_moderate(evaluate: Evaluate, dtype: type) -> None:
+    most = 120 if dtype == np.float32 else 1000
+    x = spread(-most, most, dtype)
+    product = dtype(0.9) * x.astype(np.longdouble)
+    bound = 2e-7 + 4.2e-8 * np.abs(product) if dtype == np.float32 else 4e-16 + 7.7e-17 * np.abs(product)
+    assert (relative(evaluate("exp2_moderate", x), np.exp2(product)) < bound).all()
+    special = evaluate("exp2_moderate", np.array([0, np.nan], dtype))
+    np.testing.assert_array_equal(special, np.array([1, np.nan], dtype))
+
+
+@pytest.mark.parametrize("name", ["exp2_moderate", "exp2_coarse_moderate"])
+def test_exp2_product_moderate_on_avx512(evaluate: Evaluate, isa: str, name: str) -> None:
+    """There what is moderate goes far beyond what floats hold, and the product is not rounded."""
+    if isa != "avx512":
+        pytest.skip("AVX-512's")
+    x = spread(-120, 120, np.float32)
+    product = np.float32(0.9) * x.astype(np.longdouble)
+    assert relative(evaluate(name, x), np.exp2(product)).max() < (2e-7 if name == "exp2_moderate" else 4e-7)
+    far = np.concatenate(
+        [2.0 ** np.arange(8, 60), spread(200, 2.0**60, np.float64), spread(200, 1e7, np.float64)]
+    )
+    assert (evaluate(name, far.astype(np.float32)) == np.inf).all()
+    assert (evaluate(name, -far.astype(np.float32)) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["exp2_coarse", "exp2_coarse_moderate"])
+def test_exp2_product_coarse(evaluate: Evaluate, name: str) -> None:
     near_zero = np.logspace(-12, 0, 1000)
     x = np.concatenate([spread(-120, 120, np.float64), spread(-1, 1, np.float64), near_zero, -near_zero])
     x = x.astype(np.float32)
-    got, product = evaluate("exp2_coarse", x), np.float32(0.9) * x.astype(np.longdouble)
+    got, product = evaluate(name, x), np.float32(0.9) * x.astype(np.longdouble)
     assert (relative(got, np.exp2(product)) < 4e-6 + 4.2e-8 * np.abs(product)).all()
     assert (got[x < 0] <= 1).all()
     small = (x > -0.01) & (x < -1e-3)
     assert relative(1 - got[small], -np.expm1(product[small] * np.log(np.longdouble(2)))).max() < 5e-4
-    assert (evaluate("exp2_coarse", np.zeros(1, np.float32)) == 1).all()
-    assert np.isnan(evaluate("exp2_coarse", np.array([np.nan], np.float32))).all()
+    assert (evaluate(name, np.zeros(1, np.float32)) == 1).all()
+    assert np.isnan(evaluate(name, np.array([np.nan], np.float32))).all()
 
 
 @both_types
@@ -186,6 +219,8 @@ def test_log1p_unit(evaluate: Evaluate, dtype: type) -> None:
     bound = 2e-7 if dtype == np.float32 else 1e-15
     assert relative(evaluate("log1p_unit", x), np.log1p(x.astype(np.longdouble))).max() < bound
     assert evaluate("log1p_unit", np.zeros(1, dtype))[0] == 0
+    if dtype == np.float32:
+        assert relative(evaluate("log1p_unit_coarse", x), np.log1p(x.astype(np.longdouble))).max() < 9e-6
 
 
 @both_types

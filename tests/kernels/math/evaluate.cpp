@@ -18,9 +18,13 @@ Vec<F> apply(const char* name, Vec<F> x) {
   if (!std::strcmp(name, "exp2")) return iumad::IUMAD_ISA::exp2<F>(x);
   if (!std::strcmp(name, "exp2_normal")) return iumad::IUMAD_ISA::exp2<F, Range::kNormal>(x);
   if (!std::strcmp(name, "exp2_finite")) return iumad::IUMAD_ISA::exp2<F, Range::kFinite>(x);
-  if (!std::strcmp(name, "exp2_coarse")) return exp2_product_coarse<F>(broadcast(F(0.9)), x);
+  if (!std::strcmp(name, "exp2_moderate")) return exp2_product_moderate<F>(broadcast(F(0.9)), x);
+  if (!std::strcmp(name, "exp2_coarse_moderate")) return exp2_product_coarse<F, true>(broadcast(F(0.9)), x);
+  if (!std::strcmp(name, "exp2_coarse")) return exp2_product_coarse<F, kVectorBytes != 64>(broadcast(F(0.9)), x);
   if (!std::strcmp(name, "exp2_of_square")) return exp2_product<F>(x, x);
   if (!std::strcmp(name, "log1p_unit")) return log1p_unit(x);
+  if constexpr (sizeof(F) == 4)
+    if (!std::strcmp(name, "log1p_unit_coarse")) return log1p_unit_coarse(x);
   if (!std::strcmp(name, "reciprocal")) return reciprocal_near_one<F>(x);
   if (!std::strcmp(name, "sigmoid")) return sigmoid<F>(x);
   if (!std::strcmp(name, "sqrt")) return iumad::IUMAD_ISA::sqrt<F>(x);

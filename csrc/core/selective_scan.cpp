@@ -78,8 +78,8 @@ __attribute__((noinline)) void scan_tile(const F* A, F* h, const Prepared<F>& p,
     IUMAD_UNROLL for (int n = 0; n < kStates; n += kTogether) {
       Vec<F> kept[kTogether];
       IUMAD_UNROLL for (int i = 0; i < kTogether; ++i) kept[i] = decay<decays, F>(step, load(A + (n + i) * V));
-      IUMAD_UNROLL for (int i = 0; i < kTogether; ++i) {
-        state[n + i] = fma(kept[i], state[n + i], input * B.value(b, n + i));
+      IUMAD_UNROLL for (int i = 0; i < kTogether; ++i) {  // rounded: else g++ fuses the other product and copies the input for it
+        state[n + i] = fma(kept[i], state[n + i], detail::rounded<F>(input * B.value(b, n + i)));
         sum = fma(state[n + i], C.value(c, n + i), sum);
       }
     }

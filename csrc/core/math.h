@@ -175,7 +175,7 @@ inline Vec<F> exp2_product_moderate(Vec<F> a, Vec<F> b) {
 
 // The same, and 1 where a b is 0, as exactly as results of eight bits ask for: relative error < 4e-6 (AVX-512: 4e-7) plus that of
 // the product. 2^f is a square plus a constant, and its factor goes into the table: an instruction less, with AVX2 two. Of float
-// with these; else as above. Not kModerate, of any a b: with AVX-512 only.
+// with these; else as above. |a b| <= kModerateExponent, or, with AVX-512 and not kModerate, any.
 template <class F, bool kModerate>
 inline Vec<F> exp2_product_coarse(Vec<F> a, Vec<F> b) {
 #if defined(__AVX512F__)

@@ -33,17 +33,6 @@ inline Vec<double> exp2_fraction(Vec<double> f) {
 template <class F>
 constexpr F kRoundMagic = sizeof(F) == 8 ? F(0x1.8p52) : F(0x1.8p23);  // adding it rounds to an integer, kept in the low bits
 
-// Keeps the compiler from fusing the product x with what follows.
-template <class F>
-inline Vec<F> rounded(Vec<F> x) {
-#if defined(IUMAD_EMULATED)
-  asm("" : "+m"(x));  // no register is as wide
-#elif defined(__SSE2__)
-  asm("" : "+v"(x));
-#endif
-  return x;
-}
-
 #if defined(__AVX512F__)
 // 2^(i / 32): as many as one permutation of two registers can look up.
 alignas(64) constexpr float kRootsOfTwo[32] = {
@@ -130,7 +119,7 @@ inline Vec<F> exp2(Vec<F> x) {
   if constexpr (sizeof(F) == 4) {
     return detail::exp2(detail::split(x));
   } else {
-    x = detail::rounded<F>(x);
+    x = rounded<F>(x);
     const V n = (V)_mm512_roundscale_pd((__m512d)x, _MM_FROUND_NO_EXC);
     return (V)_mm512_scalef_pd((__m512d)detail::exp2_fraction(x - n), (__m512d)n);
   }
@@ -142,7 +131,7 @@ inline Vec<F> exp2(Vec<F> x) {
 #if defined(__AVX2__)
   if constexpr (sizeof(F) == 4) {
     // Clamped to where half the result has the exponent of 0.
-    x = range == Range::kNormal ? detail::rounded<F>(x) : larger<F>(lowest, x);
+    x = range == Range::kNormal ? rounded<F>(x) : larger<F>(lowest, x);
     const V magic = broadcast(F(0x1.8p20)), n8 = x + magic, f = x - (n8 - magic);  // in [-1/16, 1/16]
     V slope = fma(broadcast(F(0x1.c6a004p-4)), f, broadcast(F(0x1.ec0c32p-2)));    // 2 (2^f - 1) / f; minimax, 2^f within 2.7e-8
     slope = fma(slope, f, broadcast(F(0x1.62e432p0)));

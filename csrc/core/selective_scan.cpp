@@ -79,7 +79,7 @@ __attribute__((noinline)) void scan_tile(const F* A, F* h, const Prepared<F>& p,
       Vec<F> kept[kTogether];
       IUMAD_UNROLL for (int i = 0; i < kTogether; ++i) kept[i] = decay<decays, F>(step, load(A + (n + i) * V));
       IUMAD_UNROLL for (int i = 0; i < kTogether; ++i) {  // rounded: else g++ fuses the other product and copies the input for it
-        state[n + i] = fma(kept[i], state[n + i], detail::rounded<F>(input * B.value(b, n + i)));
+        state[n + i] = fma(kept[i], state[n + i], rounded<F>(input * B.value(b, n + i)));
         sum = fma(state[n + i], C.value(c, n + i), sum);
       }
     }
@@ -192,10 +192,10 @@ __attribute__((noinline)) void prepare(const SelectiveScan& s, int64_t k, const 
   const int count = tile.tokens.count;
   if (s.u.dtype == s.delta.dtype && s.delta_rows == s.dim && in_place<F>(tile.u, b) && in_place<F>(tile.delta, b)) {
     return visit<F>(s.u.dtype, tile.u.block(b), [&](auto* u) {
-      constexpr bool kCoarse = std::is_same_v<decltype(u), BFloat16*>;
-      const auto* delta = reinterpret_cast<decltype(u)>(tile.delta.block(b));
-      const auto tokens = kCoarse && eight_bits(s) ? prepare_tokens<kCoarse, F, std::remove_pointer_t<decltype(u)>>
-                                                   : prepare_tokens<false, F, std::remove_pointer_t<decltype(u)>>;
+      using T = std::remove_pointer_t<decltype(u)>;
+      constexpr bool kCoarse = std::is_same_v<T, BFloat16>;
+      const auto tokens = kCoarse && eight_bits(s) ? prepare_tokens<kCoarse, F, T> : prepare_tokens<false, F, T>;
+      const T* delta = reinterpret_cast<T*>(tile.delta.block(b));
       tokens(p, u, tile.u.offset, delta, tile.delta.offset, count, bias, skip, s.delta_softplus);
     });
   }

@@ -98,6 +98,17 @@ inline V fma(V a, V b, V c) {
   return a * b + c;
 }
 
+// Keeps the compiler from fusing the product x with what follows.
+template <class F>
+inline Vec<F> rounded(Vec<F> x) {
+#if defined(IUMAD_EMULATED)
+  asm("" : "+m"(x));  // no register is as wide
+#elif defined(__SSE2__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
 // The larger or the smaller lanes; b where either is NaN. (Of the plain text g++ makes a comparison and a blend.)
 template <class F>
 inline Vec<F> larger(Vec<F> a, Vec<F> b) {

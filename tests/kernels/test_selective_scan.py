@@ -221,6 +221,23 @@ def test_states_that_grow(isa: str, dtype: torch.dtype, exponent: float) -> None
 
 
 @ISAS
+@pytest.mark.parametrize("factor", [1.0, 1 + 2.0**-8, 1 - 2.0**-9])
+def test_bfloat16_results_are_rounded_to_nearest_even(isa: str, factor: float) -> None:
+    """D u alone, of every normal bfloat16 and NaN: as torch rounds it, ties included, which these factors make."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    u = every[~every.isinf() & ~(every.abs() < 2.0**-100)].view(
+        1, -1, 1
+    )  # a channel each, for NaN would spread
+    dim, zero = u.shape[1], torch.zeros(1, 1, 1)
+    D = torch.full((dim,), factor)
+    out = selective_scan(u, torch.ones_like(u), -torch.ones(dim, 1), zero, zero, D)
+    want = (u.float() * factor).bfloat16()
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out.isnan(), want.isnan())
+    assert torch.equal(out.nan_to_num(), want.nan_to_num())
+
+
+@ISAS
 def test_exponential_error(isa: str) -> None:
     """exp(dt A) alone: one token, state 1, no input."""
     x = torch.cat([torch.linspace(-80, 0, 20000), -torch.logspace(-8, 0, 1000)]).view(1, -1, 1)
